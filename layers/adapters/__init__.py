@@ -1,0 +1,39 @@
+"""Parameter-efficient adapters under one protocol.
+
+A method is one file here and one import line below.
+"""
+
+from adaptax.layers.adapters.base import (
+  Adapter,
+  AdapterParam,
+  Count,
+  adapt,
+  adapters,
+  count,
+  find_rule,
+  merge,
+  trainable,
+  trainable_filter,
+)
+
+ADAPTERS: dict[str, type[Adapter]] = {
+  value.name: value
+  for value in list(globals().values())
+  if isinstance(value, type)
+  and issubclass(value, Adapter)
+  and value is not Adapter
+}
+
+__all__ = [
+  "ADAPTERS",
+  "Adapter",
+  "AdapterParam",
+  "Count",
+  "adapt",
+  "adapters",
+  "count",
+  "find_rule",
+  "merge",
+  "trainable",
+  "trainable_filter",
+]
