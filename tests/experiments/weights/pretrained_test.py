@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,6 +26,21 @@ def test_logits_are_those_of_transformers(golden, open_model, logits, name):
   recorded = np.load(golden / name / "recorded.npz")
   ours = logits(open_model(golden / name), recorded["tokens"])
   np.testing.assert_allclose(ours, recorded["logits"], rtol=0, atol=1e-4)
+
+
+def test_smollm2_predicts_english_as_in_transformers(
+  golden, open_model, logits
+):
+  try:
+    gguf.smollm2_path()
+  except FileNotFoundError as error:
+    pytest.skip(str(error))
+  recorded = np.load(golden / "smollm2.npz")
+  tokens = recorded["tokens"]
+  log_probs = jax.nn.log_softmax(logits(open_model("smollm2"), tokens))
+  losses = -np.take_along_axis(log_probs[:, :-1], tokens[:, 1:, None], -1)
+  assert 2 < losses.mean() < 3
+  np.testing.assert_allclose(losses.mean(), recorded["loss"], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
