@@ -1,0 +1,142 @@
+"""A run planned from its config: shapes, shardings and steps, no arrays yet.
+
+`train` executes it, `compile_check` compiles it for absent hardware, `export`
+and `generate` take its model.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from adaptax.experiments import attention, models
+from adaptax.experiments import config as configs
+from adaptax.experiments.registry import REGISTRIES
+from adaptax.experiments.step import make_eval_step, make_train_step
+from adaptax.optim import decayed, schedule
+from adaptax.parallel import by_row, place
+
+Tree = Any
+
+
+class Run:
+  """What a config means on a mesh.
+
+  Attributes:
+    config: the complete config.
+    mesh: all devices on one axis.
+    source: the model before adapters.
+    model: structure and abstract arrays; `model.materialise()` makes them.
+    learning_rate: schedule, as a function of the step.
+    optimizer: the transform with that schedule.
+  """
+
+  def __init__(self, config: Any, mesh: Mesh):
+    """Raises ValueError or OSError where the user has to change something."""
+    if config.plan.rows % mesh.size:
+      raise ValueError(
+        f"plan.rows {config.plan.rows} is not a multiple of the {mesh.size}"
+        " devices"
+      )
+    self.config = config
+    self.mesh = mesh
+    self.source = configs.build(config.model, REGISTRIES["model"])
+    self.model = models.plan(
+      self.source, adapter_rules(config.adapter), seed=config.seed, mesh=mesh
+    )
+    self.learning_rate = _learning_rate(config)
+    self.optimizer = _optimizer(config.optimizer, self.learning_rate)
+
+  @functools.cached_property
+  def state(self) -> Tree:
+    """The train state as shapes that know their shardings."""
+    trainable = self.model.split.trainable
+    rest = {
+      "step": jax.ShapeDtypeStruct((), jnp.int32),
+      "optimizer": jax.eval_shape(self.optimizer.init, trainable),
+    }
+    return models.sharded(rest, self.mesh) | {"trainable": trainable}
+
+  def initial_state(self, trainable: Tree) -> Tree:
+    """The train state of step 0."""
+    step, optimizer = _shardings((self.state["step"], self.state["optimizer"]))
+    init = jax.jit(self.optimizer.init, out_shardings=optimizer)
+    return {
+      "step": place(np.int32(0), step),
+      "trainable": trainable,
+      "optimizer": init(trainable),
+    }
+
+  def module(self, trainable: Tree, frozen: Tree) -> nnx.Module:
+    """The model in evaluation mode, as one object again."""
+    return nnx.merge(self.model.split.eval, trainable, frozen)
+
+  def train_step(self):
+    """Jitted `(state, frozen, batch) -> (state, metrics)`, state donated."""
+    c = self.config
+    step = make_train_step(
+      self.model.split.train,
+      self.optimizer,
+      attention.PLANS[c.plan.name](self.mesh),
+      seed=c.seed,
+      chunk=c.loss_chunk or None,
+      find_nonfinite=c.find_nonfinite,
+    )
+    shardings = _shardings(self.state), None
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings)
+
+  def eval_step(self):
+    """Jitted `(trainable, frozen, batch) -> (summed loss, weight)`."""
+    c = self.config
+    attend = attention.PLANS[c.plan.name](self.mesh)
+    return jax.jit(
+      make_eval_step(self.model.split.eval, attend, c.loss_chunk or None)
+    )
+
+  def place_batch(self, arrays: dict[str, np.ndarray]) -> Tree:
+    """Cuts host arrays (..., rows, T) by row over the devices."""
+    sharding = by_row(self.mesh, next(iter(arrays.values())).ndim - 2)
+    return place(arrays, dict.fromkeys(arrays, sharding))
+
+
+def adapter_rules(section: Any) -> dict[str, Any]:
+  """Returns the rules of `adapt`: the section's exceptions, then its targets.
+
+  `rules` holds pairs of a path expression and the arguments that differ
+  there.
+  """
+  if section.name == "none":
+    return {}
+  factory = configs.bind(section, REGISTRIES["adapter"])
+  special = {
+    path: functools.partial(factory, **arguments)
+    for path, arguments in section.rules
+  }
+  return special | {section.targets: factory}
+
+
+def _learning_rate(config) -> optax.Schedule:
+  c = config.optimizer
+  return schedule(c.schedule, c.learning_rate, config.steps, c.warmup, c.final)
+
+
+def _optimizer(section, rate) -> optax.GradientTransformation:
+  optimizer = configs.build(
+    section,
+    REGISTRIES["optimizer"],
+    learning_rate=rate,
+    mask=decayed,
+    weight_decay_mask=decayed,
+  )
+  if not section.clip_norm:
+    return optimizer
+  return optax.chain(optax.clip_by_global_norm(section.clip_norm), optimizer)
+
+
+def _shardings(tree: Tree) -> Tree:
+  return jax.tree.map(lambda leaf: leaf.sharding, tree)

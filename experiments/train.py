@@ -1,0 +1,215 @@
+"""Trains a model: all of its weights, or adapters on frozen ones.
+
+  python -m adaptax.experiments.train \
+      --config=experiments/configs/finetune_smollm2.py --workdir=DIR
+
+Any value of the config is overridden by --config.key=value. A work dir that
+holds checkpoints of the same config is resumed. The exit status is 0 when the
+run is complete and `PREEMPTED` when SIGTERM stopped it after a save.
+"""
+
+import functools
+import pathlib
+import signal
+import sys
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from jax.experimental import multihost_utils
+
+from adaptax.experiments import config as configs
+from adaptax.experiments import data, report
+from adaptax.experiments.checkpoints import (
+  CheckpointError,
+  Checkpoints,
+  fingerprint,
+)
+from adaptax.experiments.metrics import Metrics, plot_losses
+from adaptax.experiments.registry import REGISTRIES
+from adaptax.experiments.run import Run
+from adaptax.experiments.weights import save_adapter
+from adaptax.parallel import flat_mesh
+
+PREEMPTED = 75
+
+# Keys that change what a run reports or keeps, and nothing that it computes.
+REPORTING = ("checkpoint", "profile", "find_nonfinite", "tensorboard")
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is written.")
+COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "host:port of process 0, for runs on several hosts."
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.")
+PROCESS = flags.DEFINE_integer("process", None, "This process, from 0.")
+
+
+def main(config: Any) -> None:
+  if COORDINATOR.value:
+    jax.distributed.initialize(
+      COORDINATOR.value, PROCESSES.value, PROCESS.value
+    )
+  try:
+    workdir = check_workdir(WORKDIR.value, config)
+    run = Run(config, flat_mesh())
+    corpus = load_data(run)
+  except (ValueError, OSError) as error:
+    if logging.level_debug():
+      raise
+    sys.exit(f"train: {error}")
+  report.header(run, corpus)
+  try:
+    sys.exit(train(run, corpus, workdir))
+  except (CheckpointError, FloatingPointError, ValueError) as error:
+    sys.exit(f"train: {error}")
+
+
+def check_workdir(workdir: str | None, config: Any) -> pathlib.Path:
+  """Returns the folder if it is new or holds a run of this config."""
+  if not workdir:
+    raise ValueError("--workdir is missing: name a folder to write to")
+  folder = pathlib.Path(workdir).absolute()
+  if (path := folder / "config.json").exists():
+    there = configs.from_json(path.read_text(encoding="utf-8"))
+    if lines := configs.difference(there, config, REPORTING):
+      raise ValueError(
+        f"{folder} holds a run of another config: {'; '.join(lines)}"
+      )
+  return folder
+
+
+def load_data(run: Run) -> data.Data:
+  """Reads and tokenises the documents that the config names."""
+  section = configs.build(run.config.data, REGISTRIES["data"])
+  tokenizer = data.load_tokenizer(section.pop("tokenizer"), run.source.path)
+  if tokenizer.vocab_size > run.source.config.vocab_size:
+    raise ValueError(
+      f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary"
+      f" only {run.source.config.vocab_size}"
+    )
+  return data.load(
+    name=run.config.data.name,
+    tokenizer=tokenizer,
+    tokens_per_row=run.config.plan.tokens,
+    **section,
+  )
+
+
+def train(run: Run, corpus: data.Data, workdir: pathlib.Path) -> int:
+  """Runs to the last step or to SIGTERM; returns the exit status."""
+  c = run.config
+  write_config(workdir, c)
+  trainable, frozen = run.model.materialise()
+  proof = fingerprint(frozen)
+  state = run.initial_state(trainable)
+  batches = corpus.train_batches(
+    rows=c.plan.rows, micro_batches=c.batch_size.micro_batches, seed=c.seed
+  )
+  checkpoints = Checkpoints(workdir / "checkpoints", **c.checkpoint)
+  metrics = Metrics(
+    workdir, tensorboard=c.tensorboard, primary=jax.process_index() == 0
+  )
+  with checkpoints, metrics:
+    first = 0
+    if found := checkpoints.restore(run.state):
+      first, state, position = found
+      same_bytes(position["frozen"], proof, "are not those of the saved run")
+      batches.set_state(position["data"])
+      report.say(f"resumed    at step {first}")
+    metrics.truncate(first)
+    evaluation = Evaluation(run, corpus, frozen)
+    log = report.Log(run, metrics, first)
+    if first == 0:
+      log.initial(evaluation(state["trainable"]))
+    train_step, stop = run.train_step(), StopSignal()
+    profile = report.Profile(workdir / "profile", **c.profile)
+    for step in range(first + 1, c.steps + 1):
+      with profile.step(step):
+        batch = run.place_batch(next(batches).arrays)
+        state, results = train_step(state, frozen, batch)
+      log.add(step, results)
+      last, stopped = step == c.steps, stop.requested(step)
+      if last or (c.eval.every and step % c.eval.every == 0):
+        log.flush(functools.partial(evaluation, state["trainable"]))
+      if last or stopped or checkpoints.due(step):
+        log.flush()
+        position = {"data": batches.get_state(), "frozen": proof}
+        checkpoints.save(step, state, position)
+      if stopped and not last:
+        report.say(f"\nSIGTERM: saved step {step}; run again to go on")
+        return PREEMPTED
+  same_bytes(proof, fingerprint(frozen), "changed during the run")
+  finish(run, workdir, state["trainable"], frozen)
+  return 0
+
+
+def write_config(workdir: pathlib.Path, config: Any) -> None:
+  """Writes config.json, whole or not at all."""
+  if jax.process_index():
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  partial = workdir / "config.json.partial"
+  partial.write_text(configs.to_json(config), encoding="utf-8")
+  partial.rename(workdir / "config.json")
+
+
+class Evaluation:
+  """The mean held-out loss in nats a token, over the same windows each time."""
+
+  def __init__(self, run: Run, corpus: data.Data, frozen: Any):
+    batches = corpus.eval_batches(
+      rows=run.config.plan.rows, limit=run.config.eval.windows
+    )
+    self._batches = [run.place_batch(batch.arrays) for batch in batches]
+    self._step, self._frozen = run.eval_step(), frozen
+
+  def __call__(self, trainable: Any) -> float | None:
+    """Returns None where nothing is held out."""
+    if not self._batches:
+      return None
+    results = [
+      self._step(trainable, self._frozen, batch) for batch in self._batches
+    ]
+    loss, weight = (sum(map(float, column)) for column in zip(*results))
+    return loss / weight
+
+
+class StopSignal:
+  """Turns SIGTERM into a question asked between steps."""
+
+  def __init__(self):
+    self._received = False
+    if jax.process_count() == 1:
+      signal.signal(signal.SIGTERM, self._receive)
+
+  def _receive(self, *_):
+    self._received = True
+
+  def requested(self, step: int) -> bool:
+    """Whether all processes are to stop after this step."""
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._received
+
+
+def same_bytes(old: dict, new: dict, problem: str) -> None:
+  """Raises if frozen weights are not bit for bit what they were."""
+  for name in old.keys() | new.keys():
+    if old.get(name) != new.get(name):
+      raise ValueError(f"the frozen weights {problem}: first in {name}")
+
+
+def finish(run: Run, workdir: pathlib.Path, trainable, frozen) -> None:
+  """Exports the adapter, draws the losses and says where things are."""
+  if jax.process_index():
+    return
+  written = ["metrics.jsonl", "config.json", "checkpoints"]
+  if run.config.adapter.name != "none":
+    save_adapter(workdir / "adapter", run.module(trainable, frozen))
+    written.append("adapter")
+  plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")
+  report.footer(workdir, [*written, "loss.png"])
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=configs.flags_parser(REGISTRIES))
