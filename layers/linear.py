@@ -34,30 +34,31 @@ def is_linear(module: Any) -> bool:
 def kernel_of(base: Any) -> jax.Array:
   """Returns the (in, out) kernel in float32, dequantised where needed."""
   if hasattr(base, "dequantize"):
-    return base.dequantize().astype(jnp.float32)
+    return base.dequantize()
   return base.kernel[...].astype(jnp.float32)
 
 
 def with_kernel(base: Any, kernel: jax.Array) -> nnx.Linear:
   """Returns a plain linear map of `kernel` (in, out) with the base's bias.
 
-  The kernel takes the parameter type of the base: that of the stored kernel,
-  or for a quantised one the type of its matrix product.
+  The kernel is stored in the type of the base's, which for a quantised one is
+  that of the kernel it was made from.
   """
-  dtype = base.dtype or kernel.dtype
   if isinstance(base, nnx.Linear):
-    dtype = base.kernel.dtype
+    linear = nnx.clone(base)
+    linear.kernel[...] = kernel.astype(base.kernel.dtype)
+    return linear
   linear = nnx.eval_shape(
     lambda: nnx.Linear(
       base.in_features,
       base.out_features,
       use_bias=base.bias is not None,
       dtype=base.dtype,
-      param_dtype=dtype,
+      param_dtype=base.param_dtype,
       rngs=nnx.Rngs(0),
     )
   )
-  linear.kernel = nnx.Param(kernel.astype(dtype))
+  linear.kernel = nnx.Param(kernel.astype(base.param_dtype))
   if base.bias is not None:
     linear.bias = nnx.Param(base.bias[...])
   return linear

@@ -5,6 +5,7 @@ A method is one file here and one import line below.
 
 from adaptax.layers.adapters.base import (
   Adapter,
+  AdapterBuffer,
   AdapterParam,
   Count,
   adapt,
@@ -12,9 +13,11 @@ from adaptax.layers.adapters.base import (
   count,
   find_rule,
   merge,
+  replace_linear,
   trainable,
   trainable_filter,
 )
+from adaptax.layers.adapters.lora import LoRA
 
 ADAPTERS: dict[str, type[Adapter]] = {
   value.name: value
@@ -27,13 +30,16 @@ ADAPTERS: dict[str, type[Adapter]] = {
 __all__ = [
   "ADAPTERS",
   "Adapter",
+  "AdapterBuffer",
   "AdapterParam",
   "Count",
+  "LoRA",
   "adapt",
   "adapters",
   "count",
   "find_rule",
   "merge",
+  "replace_linear",
   "trainable",
   "trainable_filter",
 ]

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -16,6 +16,10 @@ Factory = Callable[..., "Adapter"]
 
 class AdapterParam(nnx.LoRAParam):
   """A trainable leaf of an adapter; every other leaf of a model is frozen."""
+
+
+class AdapterBuffer(nnx.Variable):
+  """A leaf of an adapter that is stored with it but not trained."""
 
 
 class Adapter(nnx.Module):
@@ -63,19 +67,11 @@ def adapt(model: Any, rules: Mapping[str, Factory], *, rngs: nnx.Rngs) -> Any:
   Raises:
     ValueError: if a rule matches no linear map (the error lists close paths).
   """
-  model = nnx.clone(model)
-  targets = list(_linear_maps(model))
-  unused = dict.fromkeys(rules)
-  for path, module, size in targets:
-    rule = find_rule(path, rules)
-    if rule is None:
-      continue
-    unused.pop(rule, None)
-    wrapped = _wrap(rules[rule], module, size, rngs)
-    model = _replace(model, path, wrapped)
-  for rule in unused:
-    raise _no_match(rule, [path for path, *_ in targets])
-  return model
+
+  def make(rule, base, size):
+    return _wrap(rules[rule], base, size, rngs)
+
+  return replace_linear(model, rules, make)
 
 
 def merge(model: Any) -> Any:
@@ -85,6 +81,39 @@ def merge(model: Any) -> Any:
     fold = lambda adapter: adapter.merge()
     plain = fold(adapter) if size is None else nnx.vmap(fold)(adapter)
     model = _replace(model, path, plain)
+  return model
+
+
+def replace_linear(
+  model: Any,
+  rules: Iterable[str],
+  make: Callable[[str, Any, int | None], nnx.Module],
+) -> Any:
+  """Replaces linear maps of a model, chosen by path as in `adapt`.
+
+  Args:
+    model: any NNX module. It is left as it is; the result shares its arrays.
+    rules: regular expressions, the first that matches wins.
+    make: from the rule, the map and its stack size to what takes its place.
+
+  Raises:
+    ValueError: if a rule matches no linear map, or `make` raises it.
+  """
+  model = nnx.clone(model)
+  targets = list(_linear_maps(model))
+  unused = dict.fromkeys(rules)
+  for path, module, size in targets:
+    rule = find_rule(path, rules)
+    if rule is None:
+      continue
+    unused.pop(rule, None)
+    try:
+      module = make(rule, module, size)
+    except ValueError as error:
+      raise ValueError(f"{path or 'the model'}: {error}") from error
+    model = _replace(model, path, module)
+  for rule in unused:
+    raise _no_match(rule, [path for path, *_ in targets])
   return model
 
 
@@ -136,12 +165,22 @@ def count(model: Any) -> Count:
   )
 
 
-def find_rule(path: str, rules: Mapping[str, Any]) -> str | None:
+def find_rule(path: str, rules: Iterable[str]) -> str | None:
   """Returns the first rule that matches the path or its end, if any."""
   for rule in rules:
     if re.fullmatch(rf"(?:.*/)?(?:{rule})", path):
       return rule
   return None
+
+
+def check_rank(rank: int, base: Any) -> None:
+  """Raises ValueError unless a matrix of the base's shape can have `rank`."""
+  rows, columns = base.in_features, base.out_features
+  if not 1 <= rank <= min(rows, columns):
+    raise ValueError(
+      f"rank {rank} does not fit a matrix of {rows} x {columns}: use 1 to"
+      f" {min(rows, columns)}"
+    )
 
 
 def _modules(model) -> Iterator[tuple[tuple, nnx.Module, int | None]]:
@@ -184,8 +223,13 @@ def _replace(model, path: str, module):
 
 
 def _no_match(rule: str, paths: list[str]) -> ValueError:
+  if any(find_rule(path, [rule]) for path in paths):
+    return ValueError(
+      f"rule {rule!r} has no effect: earlier rules match first"
+      " wherever it matches"
+    )
   close = difflib.get_close_matches(rule, paths, 5, cutoff=0.0)
   return ValueError(
-    f"adapter rule {rule!r} matches no linear map; close paths:"
+    f"rule {rule!r} matches no linear map; close paths:"
     f" {', '.join(close) or 'none, the model has no linear map'}"
   )
