@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,12 +13,12 @@ from adaptax.layers.decoder import Decoder
 from adaptax.pallas_kernels.packed_attention import packed_attention
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def golden():
   return pathlib.Path(__file__).with_name("golden")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def open_model():
   def open_model(name_or_path):
     config, weights = load_pretrained(name_or_path)
@@ -28,7 +29,7 @@ def open_model():
   return open_model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def logits():
   """A function from a model and tokens (rows, T), one document a row."""
 
@@ -40,6 +41,8 @@ def logits():
     def attend(q, k, v, **options):
       return packed_attention(q, k, v, start, backend="reference", **options)
 
-    return np.asarray(model(tokens, positions, attend))
+    graphdef, state = nnx.split(model)
+    apply = lambda state: nnx.merge(graphdef, state)(tokens, positions, attend)
+    return np.asarray(jax.jit(apply)(state))
 
   return logits
