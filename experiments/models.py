@@ -9,7 +9,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from adaptax.experiments.step import Split, split
-from adaptax.experiments.weights import fill, load_pretrained, resolve
+from adaptax.experiments.weights.pretrained import (
+  fill,
+  load_pretrained,
+  resolve,
+)
 from adaptax.layers import Decoder, DecoderConfig
 from adaptax.layers.adapters import adapt
 from adaptax.parallel import fsdp, shard_model

@@ -100,9 +100,9 @@ class Log:
     if step == 1 and self._initial is not None:
       # The loss of step 1 is that of the untrained model.
       self._metrics.write(0, **line, eval_loss=self._initial)
+    self._progress.update(step, **line)
     line["gradient_norm"] = float(values["gradient_norm"])
     line["learning_rate"] = float(self._run.learning_rate(step - 1))
-    self._progress.update(step, line["loss"], line["tokens_per_second"])
     if evaluate and (eval_loss := evaluate()) is not None:
       line["eval_loss"] = eval_loss
     self._metrics.write(step, **line)

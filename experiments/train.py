@@ -28,7 +28,7 @@ from adaptax.experiments.checkpoints import (
 from adaptax.experiments.metrics import Metrics, plot_losses
 from adaptax.experiments.registry import REGISTRIES
 from adaptax.experiments.run import Run
-from adaptax.experiments.weights import save_adapter
+from adaptax.experiments.weights.peft import save_adapter
 from adaptax.parallel import flat_mesh
 
 PREEMPTED = 75

@@ -1,5 +1,6 @@
 """Learning-rate schedules: warm-up, then one of a few shapes by name."""
 
+import difflib
 from collections.abc import Callable
 
 import optax
@@ -40,6 +41,12 @@ def schedule(
     warmup: steps of linear rise from `peak / warmup`.
     final: learning rate at the end as a fraction of the peak.
   """
+  if name not in SCHEDULES:
+    close = difflib.get_close_matches(name, SCHEDULES, 1)
+    hint = f": did you mean {close[0]}?" if close else ""
+    raise ValueError(
+      f"unknown schedule {name!r}{hint} (allowed: {', '.join(SCHEDULES)})"
+    )
   if not 0 <= warmup <= steps:
     raise ValueError(
       f"schedule: warmup {warmup} is not within the run of {steps} steps"
