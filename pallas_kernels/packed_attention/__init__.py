@@ -2,93 +2,54 @@
 
 A token i attends to the tokens start[i] <= k <= i of its buffer, so documents
 packed one after another do not see each other, and how they are packed never
-enters the compiled program.
+enters the compiled program. Neither does the number of devices that share a
+buffer after DeepSpeed-Ulysses' head exchange (arXiv:2309.14509).
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from adaptax.pallas_kernels.packed_attention import reference
+from adaptax.pallas_kernels.packed_attention import (
+  dispatch,
+  groups,
+  schedule,
+)
+from adaptax.pallas_kernels.packed_attention.dispatch import BACKENDS
+from adaptax.pallas_kernels.packed_attention.schedule import key_blocks
 
-BACKENDS = ("auto", "reference", "xla", "tpu")
+__all__ = ["BACKENDS", "group_attention", "key_blocks", "packed_attention"]
 
 
-def _check(q, k, v, heads_axis, window, backend):
-  """Raises ValueError on shapes that attention cannot take."""
-  if q.ndim != k.ndim or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
+def _check_shapes(q, k, v, layout):
+  """Raises ValueError unless q, k and v have `layout` and their heads match."""
+  axis = layout.index("H")
+  if q.ndim != len(layout):
+    raise ValueError(f"q must have axes ({', '.join(layout)}), got {q.shape}")
+  if k.ndim != q.ndim or k.shape != v.shape:
+    raise ValueError(f"k and v must have q's axes: {k.shape} and {v.shape}")
+  expected = *q.shape[:axis], k.shape[axis], *q.shape[axis + 1 :]
+  if k.shape != expected:
+    raise ValueError(f"k must be {expected} to fit q {q.shape}, got {k.shape}")
+  if not k.shape[axis] or q.shape[axis] % k.shape[axis]:
     raise ValueError(
-      f"k and v must have one shape and q's dim: {q.shape=} {k.shape=} {v.shape=}"
+      f"query heads must be a multiple of KV heads, got {q.shape[axis]} and"
+      f" {k.shape[axis]}"
     )
-  heads, kv_heads = q.shape[heads_axis], k.shape[heads_axis]
-  if heads % kv_heads:
-    raise ValueError(f"{heads=} must be a multiple of {kv_heads=}")
-  if window is not None and window < 1:
-    raise ValueError(f"window must be at least 1 token, got {window}")
-  if backend not in BACKENDS:
-    raise ValueError(f"unknown backend {backend!r}; use one of {BACKENDS}")
 
 
-def _merge(x, degree):
-  """(H, T, ...) of a group -> (H // degree, degree * T, ...) whole sequences."""
-  heads, tokens, *rest = x.shape
-  x = x.reshape(degree, heads // degree, tokens, *rest).swapaxes(0, 1)
-  return x.reshape(heads // degree, degree * tokens, *rest)
-
-
-def _split(x, degree):
-  """The inverse of `_merge`."""
-  heads, tokens, *rest = x.shape
-  x = x.reshape(heads, degree, tokens // degree, *rest).swapaxes(0, 1)
-  return x.reshape(heads * degree, tokens // degree, *rest)
-
-
-def _by_degree(function, arrays, bounds, degree):
-  """Calls `function` on whole sequences; one branch a possible degree."""
-  kv_heads = min(x.shape[0] for x in arrays)
-  tokens = arrays[0].shape[1]
-  devices = bounds[0].shape[0] // tokens
-  degrees = [1]
-  while 2 * degrees[-1] <= devices and kv_heads % (2 * degrees[-1]) == 0:
-    degrees.append(2 * degrees[-1])
-
-  def branch(degree, *arrays):
-    local = [_merge(x, degree) for x in arrays]
-    ends = [x[: degree * tokens] for x in bounds]
-    return tuple(_split(x, degree) for x in function(*local, *ends))
-
-  branches = [functools.partial(branch, d) for d in degrees]
-  index = jnp.log2(degree.astype(jnp.float32)).astype(jnp.int32)
-  return jax.lax.switch(index, branches, *arrays)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options, q, k, v, start, stop, degree):
-  return _forward(options, q, k, v, start, stop, degree)[0]
-
-
-def _forward(options, q, k, v, start, stop, degree):
-  run = functools.partial(reference.forward, **dict(options))
-  out, lse = _by_degree(run, (q, k, v), (start,), degree)
-  # Named so that a remat policy can keep them and never repeat the forward.
-  out = checkpoint_name(out, "attention_out")
-  lse = checkpoint_name(lse, "attention_lse")
-  return out, (q, k, v, start, stop, degree, out, lse)
-
-
-def _backward(options, residuals, g):
-  q, k, v, start, _, degree, out, lse = residuals
-
-  def run(q, k, v, out, lse, g, start):
-    return reference.backward(q, k, v, start, out, lse, g, **dict(options))
-
-  arrays = (q, k, v, out, lse, g)
-  return *_by_degree(run, arrays, (start,), degree), None, None, None
-
-
-_attention.defvjp(_forward, _backward)
+def _check_group(q, k, start, stop, degree):
+  """Raises ValueError unless the buffer and the degree fit q and k."""
+  tokens = q.shape[1]
+  if start.ndim != 1 or start.shape != stop.shape or start.shape[0] % tokens:
+    raise ValueError(
+      f"start and stop must be (N * {tokens},), got {start.shape} and"
+      f" {stop.shape}"
+    )
+  choices = groups.degrees(start.shape[0] // tokens, k.shape[0])
+  if isinstance(degree, int) and degree not in choices:
+    raise ValueError(
+      f"degree {degree} must be one of {choices}: powers of two that divide"
+      f" the {k.shape[0]} KV heads, at most {start.shape[0] // tokens} devices"
+    )
 
 
 def group_attention(
@@ -108,6 +69,10 @@ def group_attention(
 ):
   """Attention of one device's share of heads over its group's packed buffer.
 
+  Only the output and its log-sum-exp are kept for the backward pass, under the
+  checkpoint names "attention_out" and "attention_lse". In jax.shard_map it needs
+  check_vma=False, as Pallas does.
+
   Args:
     q: (H, T, D); row = source_device_in_group * (H // degree) + local_head.
     k: (Hk, T, D), laid out alike; H % Hk == 0.
@@ -115,28 +80,30 @@ def group_attention(
     start: int32 (N * T,); where each token's document begins in the group's
       buffer of degree * T tokens; entries beyond are ignored.
     stop: int32 (N * T,); where it ends (exclusive).
-    degree: int32 scalar, a power of two; may be traced.
+    degree: int32 scalar, a power of two that divides Hk; may be traced.
     scale: factor on the scores.
     softcap: if given, scores become softcap * tanh(scores / softcap).
-    window: if given, a token sees at most this many tokens, itself included.
-    backend: one of BACKENDS.
+    window: if given, a token sees at most this many tokens, itself included;
+      may be traced.
+    backend: one of BACKENDS; "auto" suits the platform that the program is
+      compiled for. "tpu" elsewhere than on a TPU runs the Pallas interpreter.
     block_q: query block length of the blockwise backends.
     block_kv: key block length of the blockwise backends.
 
   Returns:
     (H, T, D) in q's dtype. Differentiable in q, k and v.
+
+  Raises:
+    ValueError: shapes, degree, window, backend or blocks do not fit.
   """
-  del block_q, block_kv
-  _check(q, k, v, 0, window, backend)
-  index = jnp.arange(start.shape[0], dtype=jnp.int32)
-  # No row is ever fully masked: a token sees at least itself.
-  start, stop = jnp.minimum(start, index), jnp.maximum(stop, index + 1)
-  if window is not None:
-    start = jnp.maximum(start, index - window + 1)
-    stop = jnp.minimum(stop, index + window)
-  options = (("scale", scale), ("softcap", softcap))
-  degree = jnp.asarray(degree, jnp.int32)
-  return _attention(options, q, k, v, start, stop, degree)
+  _check_shapes(q, k, v, ("H", "T", "D"))
+  _check_group(q, k, start, stop, degree)
+  tokens = q.shape[1]
+  most = groups.degrees(start.shape[0] // tokens, k.shape[0])[-1]
+  options = dispatch.Options(
+    scale, softcap, backend, block_q, block_kv, row=most * tokens
+  )
+  return _attend(options, q, k, v, start, stop, degree, window)
 
 
 def packed_attention(
@@ -151,19 +118,34 @@ def packed_attention(
     start: int32 (rows, T); the index in its row where each token's document
       begins; a padding token's own index.
     scale: factor on the scores; D**-0.5 if None.
-    softcap: if given, scores become softcap * tanh(scores / softcap).
-    window: if given, a token sees at most this many tokens, itself included.
-    backend: one of BACKENDS.
+    softcap: as for group_attention.
+    window: as for group_attention.
+    backend: as for group_attention.
 
   Returns:
     (rows, T, H, D) in q's dtype. Differentiable in q, k and v.
+
+  Raises:
+    ValueError: shapes, window or backend do not fit.
   """
-  _check(q, k, v, 2, window, backend)
-  scale = q.shape[-1] ** -0.5 if scale is None else scale
-  run = functools.partial(
-    group_attention, degree=1, scale=scale, softcap=softcap, window=window
-  )
-  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-  return jax.vmap(lambda q, k, v, s: run(q, k, v, s, s))(
-    q, k, v, start
-  ).swapaxes(1, 2)
+  _check_shapes(q, k, v, ("rows", "T", "H", "D"))
+  rows, tokens, _, dim = q.shape
+  if start.shape != (rows, tokens):
+    raise ValueError(f"start must be {(rows, tokens)}, got {start.shape}")
+  scale = dim**-0.5 if scale is None else scale
+  options = dispatch.Options(scale, softcap, backend, None, None, row=tokens)
+  offset = jnp.arange(rows, dtype=jnp.int32)[:, None] * tokens
+  start = (jnp.maximum(start, 0) + offset).reshape(-1)
+  stop = schedule.document_stop(start)
+  fold = lambda x: x.transpose(2, 0, 1, 3).reshape(x.shape[2], -1, dim)
+  out = _attend(options, *map(fold, (q, k, v)), start, stop, 1, window)
+  return out.reshape(-1, rows, tokens, dim).transpose(1, 2, 0, 3)
+
+
+def _attend(options, q, k, v, start, stop, degree, window):
+  dispatch.check(options, q, k)
+  if isinstance(window, int) and window < 1:
+    raise ValueError(f"window must be at least 1 token, got {window}")
+  start, stop = schedule.visible(start, stop, window)
+  degree = jnp.asarray(degree, jnp.int32)
+  return dispatch.attention(options, start, stop, degree, q, k, v)

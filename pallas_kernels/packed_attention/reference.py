@@ -21,14 +21,14 @@ def _scores(q, k, start, scale, softcap):
   return jnp.where(mask, scores, MASKED), slope
 
 
-def forward(q, k, v, start, *, scale, softcap=None):
+def forward(start, q, k, v, *, scale, softcap=None):
   """Returns the output (H, S, D) and its float32 log-sum-exp (H, S).
 
   Args:
+    start: int32 (S,), the first token that each token attends to.
     q: queries (H, S, D).
     k: keys (Hk, S, D), H % Hk == 0; query head h uses key head h // (H // Hk).
     v: values (Hk, S, D).
-    start: int32 (S,), the first token that each token attends to.
     scale: factor on the scores.
     softcap: if given, scores become softcap * tanh(scores / softcap).
   """
@@ -43,7 +43,7 @@ def forward(q, k, v, start, *, scale, softcap=None):
   return out.reshape(q.shape).astype(dtype), lse
 
 
-def backward(q, k, v, start, out, lse, g, *, scale, softcap=None):
+def backward(start, q, k, v, out, lse, g, *, scale, softcap=None):
   """Returns the gradients of q, k and v, given that of `out`."""
   dtypes, kv_heads = [x.dtype for x in (q, k, v)], k.shape[0]
   q, k, v, out, g = (x.astype(jnp.float32) for x in (q, k, v, out, g))
