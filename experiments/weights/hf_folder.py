@@ -15,6 +15,8 @@ import safetensors.numpy
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+# What may lie beside our weights: configs, tokenizers, chat templates.
+_COMPANIONS = (".json", ".jinja")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _READABLE = ("F64", "F32", "F16", "BF16")
 # `format` is what transformers asks for; `writer` marks what may be replaced.
@@ -166,10 +168,7 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
   Raises:
     FileExistsError: `target` holds files that adaptax did not write.
   """
-  if target.exists() and not _replaceable(target):
-    raise FileExistsError(
-      f"{target} holds files that adaptax did not write; name another folder"
-    )
+  check_target(target)
   partial = target.with_name(f".{target.name}.partial")
   previous = target.with_name(f".{target.name}.previous")
   shutil.rmtree(partial, ignore_errors=True)
@@ -185,13 +184,23 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
   shutil.rmtree(previous, ignore_errors=True)
 
 
+def check_target(folder: pathlib.Path) -> None:
+  """Raises FileExistsError where a new folder would cost somebody's files."""
+  if folder.exists() and not _replaceable(folder):
+    raise FileExistsError(
+      f"{folder} holds files that adaptax did not write; name another folder"
+    )
+
+
 def _replaceable(folder: pathlib.Path) -> bool:
   if not folder.is_dir():
     return False
-  files = [path for path in folder.iterdir() if path.suffix != ".json"]
-  if not files:
-    return not any(folder.iterdir())
-  return all(path.suffix == ".safetensors" and _marked(path) for path in files)
+  paths = list(folder.iterdir())
+  weights = [path for path in paths if path.suffix == ".safetensors"]
+  others = {path.suffix for path in paths} - {".safetensors", *_COMPANIONS}
+  return not paths or bool(
+    weights and not others and all(map(_marked, weights))
+  )
 
 
 def _marked(path: pathlib.Path) -> bool:

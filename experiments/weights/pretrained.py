@@ -8,7 +8,8 @@ fill(model, weights)
 import dataclasses
 import difflib
 import pathlib
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +27,8 @@ from adaptax.experiments.weights.hf_config import from_hf, norm_offset, to_hf
 from adaptax.layers.decoder import DecoderConfig
 
 NAMED = {"smollm2": gguf.smollm2_path}
+# What Hugging Face calls them, for files that refer to their base.
+HUB = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 class Weights(Mapping[names.Path, np.ndarray]):
@@ -181,6 +184,7 @@ def save_pretrained(
   model: Any,
   *,
   extra: Mapping[str, Any] | None = None,
+  files: Iterable[pathlib.Path] = (),
   shard_bytes: int = 2**31,
 ) -> None:
   """Writes a decoder as a folder that transformers reads.
@@ -189,6 +193,7 @@ def save_pretrained(
     folder: made whole or not at all; one that adaptax wrote is replaced.
     model: a `Decoder` without adapters (see `adaptax.layers.adapters.merge`).
     extra: more of config.json, such as the ids of special tokens.
+    files: copied into the folder, such as a tokenizer.json.
     shard_bytes: largest size of one safetensors file.
 
   Raises:
@@ -210,6 +215,8 @@ def save_pretrained(
     hf_folder.write_json(partial / hf_folder.CONFIG, {**(extra or {}), **raw})
     tensors = _named_tensors(leaves, norm_offset(raw))
     hf_folder.write_shards(partial, tensors, shard_bytes)
+    for path in files:
+      shutil.copyfile(path, partial / path.name)
 
 
 def _named_tensors(leaves, offset: float) -> Iterator[tuple[str, np.ndarray]]:
