@@ -112,6 +112,7 @@ class Progress:
 
   Args:
     total: number of steps of the whole run.
+    start: step that a resumed run starts from.
     stream: where to write, standard output by default.
     every: seconds between two lines where `stream` is not a terminal.
     clock: seconds, for tests.
@@ -120,17 +121,18 @@ class Progress:
   def __init__(
     self,
     total: int,
+    start: int = 0,
     *,
     stream: TextIO | None = None,
     every: float = 5.0,
     clock=time.monotonic,
   ):
-    self._total, self._clock = total, clock
+    self._total, self._start, self._clock = total, start, clock
     self._stream = stream or sys.stdout
     self._in_place = self._stream.isatty()
     self._every = 0.1 if self._in_place else every
     self._line, self._shown, self._shown_at = "", "", -math.inf
-    self._last: tuple[int, float] | None = None
+    self._last = start, clock()
     self._pace: float | None = None
 
   def __enter__(self) -> "Progress":
@@ -139,7 +141,7 @@ class Progress:
   def __exit__(self, *_) -> None:
     self.close()
 
-  def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
+  def update(self, step: int, loss: float, tokens_per_second: float) -> None:
     """Takes the figures of the step that has just been done."""
     now = self._clock()
     self._time_step(step, now)
@@ -165,8 +167,9 @@ class Progress:
 
   def _time_step(self, step: int, now: float) -> None:
     """Smooths seconds a step; the first one compiles and does not count."""
-    if self._last is not None and step > self._last[0]:
-      pace = (now - self._last[1]) / (step - self._last[0])
+    before, then = self._last
+    if step > before > self._start:
+      pace = (now - then) / (step - before)
       self._pace = pace if self._pace is None else 0.9 * self._pace + 0.1 * pace
     self._last = step, now
 
