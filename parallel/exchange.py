@@ -95,6 +95,8 @@ def exchange(x, degree, share, *, axis):
   """
   if not isinstance(degree, int):
     return _exchange(x, degree, share, axis)
+  if degree == 1:
+    return x
   return jax.lax.all_to_all(
     x, axis, 0, 0, axis_index_groups=_groups(degree, axis), tiled=True
   )
@@ -149,6 +151,8 @@ def gather_group(x, degree, length, *, axis):
     axis: name of the mesh axis.
   """
   if isinstance(degree, int):
+    if degree == 1:
+      return x
     groups = _groups(degree, axis)
     return jax.lax.all_gather(x, axis, axis_index_groups=groups, tiled=True)
   everything = jax.lax.all_gather(x, axis, tiled=True)
