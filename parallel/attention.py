@@ -119,23 +119,17 @@ def make_attend(
         f"degree {static} is above {limit}, the largest power of two that"
         f" divides {q.shape[2]} heads; turn the ring on"
       )
-    near = functools.partial(group_attention, **kernel)
-    far = functools.partial(ring_attention, axis=axis, width=limit)
-    near, far = (
-      functools.partial(f, scale=scale, softcap=softcap, window=window)
-      for f in (near, far)
+    options = dict(scale=scale, softcap=softcap, window=window)
+    near = functools.partial(group_attention, **options, **kernel)
+    far = functools.partial(ring_attention, axis=axis, width=limit, **options)
+    group = functools.partial(
+      _group, axis=axis, limit=limit, near=near, far=far if ring else None
     )
 
     def local(q, k, v, degrees, start, stop):
       q, k, v = (x[0].swapaxes(0, 1) for x in (q, k, v))
       steps = (static or degrees.max()) // limit
-      out = _group(
-        *(q, k, v, start[0], stop[0], mine(degrees), steps),
-        axis=axis,
-        limit=limit,
-        near=near,
-        far=far if ring else None,
-      )
+      out = group(q, k, v, start[0], stop[0], mine(degrees), steps)
       return out.swapaxes(0, 1)[None]
 
     return spread(
