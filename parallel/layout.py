@@ -64,6 +64,8 @@ class Layout:
     for name in _TABLES:
       table = _integers(name, getattr(self, name))
       object.__setattr__(self, name, tuple(table.tolist()))
+    tokens = _integers("tokens", [self.tokens]).item()
+    object.__setattr__(self, "tokens", tokens)
     _check_degrees(self)
     _check_documents(self)
 
@@ -157,6 +159,11 @@ class Layout:
       document's last token and on padding, `positions` restart in every
       document, and `start` and `stop` are those of `bounds`.
     """
+    if max(self.documents, default=-1) >= len(tokens):
+      raise ValueError(
+        f"the layout places document {max(self.documents)}, the batch has"
+        f" {len(tokens)} documents"
+      )
     documents = [np.asarray(tokens[i]) for i in self.documents]
     for name, length, document in zip(self.documents, self.lengths, documents):
       if len(document) != length:
@@ -284,7 +291,7 @@ def _integers(name: str, values) -> np.ndarray:
   if array.size == 0:
     return np.zeros(0, np.int64)
   if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-    raise ValueError(f"{name} must be a list of whole numbers, got {values!r}")
+    raise ValueError(f"{name} must be whole numbers, got {values!r}")
   return array.astype(np.int64)
 
 

@@ -152,7 +152,8 @@ BAD = [
   (dict(degree=(1,) * 7 + (2,)), "degree 2 of device 7 .* 6 to 7"),
   (dict(degree=(16,) * 8), "0 to 15 .* 8 devices"),
   (dict(degree=()), "needs devices"),
-  (dict(degree=(1.5,) * 8), "degree must be a list of whole numbers"),
+  (dict(degree=(1.5,) * 8), "degree must be whole numbers"),
+  (dict(tokens=16.5), "tokens must be whole numbers, got .16.5"),
   (dict(heads=6), "degree 4 of device 0 is above 2.* 6 heads"),
   (dict(heads=9), "degree 4 of device 0 is above 1.* 9 heads"),
   (dict(heads=9, ring=True, tokens=25), "even number of tokens .* 25"),
@@ -192,6 +193,11 @@ def test_unreadable_json(change, message):
 def test_wrong_document_length():
   with pytest.raises(ValueError, match="document 0 has 3 tokens, not the 2"):
     Layout.place(4, [1], [2], [0]).arrays([[1, 2, 3]])
+
+
+def test_missing_document():
+  with pytest.raises(ValueError, match="places document 1, the batch has 1"):
+    Layout(4, [1], [1], [2], [0], [0]).arrays([[1, 2]])
 
 
 def test_draw():
