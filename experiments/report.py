@@ -78,7 +78,11 @@ class Log:
     self._initial = eval_loss
     if eval_loss is not None:
       say(f"held-out   {eval_loss:.4f} nats/token before training")
-    self._clock = time.perf_counter()
+
+  def begin(self) -> None:
+    """Starts the clock of a step that follows a pause."""
+    if self._pending is None:
+      self._clock = time.perf_counter()
 
   def add(self, step: int, results: Any) -> None:
     """Takes a step's results, still being computed; reports those before."""
@@ -91,7 +95,8 @@ class Log:
       return
     (step, results), self._pending = self._pending, None
     values = jax.device_get(results)
-    seconds = time.perf_counter() - self._clock
+    now = time.perf_counter()
+    seconds, self._clock = now - self._clock, now
     check_finite(step, values)
     line = {
       "loss": float(values["loss"]),
@@ -106,7 +111,6 @@ class Log:
     if evaluate and (eval_loss := evaluate()) is not None:
       line["eval_loss"] = eval_loss
     self._metrics.write(step, **line)
-    self._clock = time.perf_counter()
 
 
 def check_finite(step: int, values: dict[str, Any]) -> None:
@@ -148,7 +152,7 @@ class Profile:
       jax.profiler.stop_trace()
 
 
-def footer(workdir: pathlib.Path, written: list[str]) -> None:
+def footer(run: Any, workdir: pathlib.Path, written: list[str]) -> None:
   """Prints the held-out losses and where the run wrote what."""
   losses = [
     line["eval_loss"]
@@ -159,5 +163,6 @@ def footer(workdir: pathlib.Path, written: list[str]) -> None:
     say(
       f"\nheld-out   {losses[0]:.4f} nats/token before, {losses[-1]:.4f} after"
     )
-  say("frozen     weights are bit for bit what they were")
+  if jax.tree.leaves(run.model.split.frozen):
+    say("frozen     weights are bit for bit what they were")
   say(f"written    {workdir}: {', '.join(written)}")

@@ -45,6 +45,8 @@ PROCESS = flags.DEFINE_integer("process", None, "This process, from 0.")
 
 
 def main(config: Any) -> None:
+  if flags.FLAGS["verbosity"].using_default_value:
+    logging.set_verbosity(logging.WARNING)
   if COORDINATOR.value:
     jax.distributed.initialize(
       COORDINATOR.value, PROCESSES.value, PROCESS.value
@@ -124,6 +126,7 @@ def train(run: Run, corpus: data.Data, workdir: pathlib.Path) -> int:
     train_step, stop = run.train_step(), StopSignal()
     profile = report.Profile(workdir / "profile", **c.profile)
     for step in range(first + 1, c.steps + 1):
+      log.begin()
       with profile.step(step):
         batch = run.place_batch(next(batches).arrays)
         state, results = train_step(state, frozen, batch)
@@ -208,7 +211,7 @@ def finish(run: Run, workdir: pathlib.Path, trainable, frozen) -> None:
     save_adapter(workdir / "adapter", run.module(trainable, frozen))
     written.append("adapter")
   plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")
-  report.footer(workdir, [*written, "loss.png"])
+  report.footer(run, workdir, [*written, "loss.png"])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
   config.steps = 60
   config.seed = 0
   config.model = {"name": "smollm2"}
-  config.data = {"name": "stdlib", "tokenizer": "model", "holdout": 0.05}
+  config.data = {"name": "stdlib", "tokenizer": "model", "holdout": 0.1}
   config.adapter = {
     "name": "lora",
     "targets": "attention/(q|v)",
@@ -33,5 +33,5 @@ def get_config() -> ConfigDict:
   config.batch_size = {"name": "constant", "micro_batches": 1}
   config.plan = {"name": "pack", "tokens": 256, "rows": 1}
   config.checkpoint = {"every": 20, "keep": 2}
-  config.eval = {"every": 0, "windows": 16}
+  config.eval = {"every": 0, "windows": 24}
   return config

@@ -39,7 +39,8 @@ def standard_library(path: str = "", glob: str = "") -> Source:
   """The sources of this Python's standard library.
 
   Test packages and installed packages are left out, since distributions of
-  Python differ in them, and so is the generated pydoc_data/topics.py.
+  Python differ in them, and so are empty files and the generated
+  pydoc_data/topics.py.
 
   Raises:
     ValueError: a path or glob was given; `text` reads any folder.
@@ -55,7 +56,8 @@ def standard_library(path: str = "", glob: str = "") -> Source:
     # Pruned here, as installed packages can outnumber the library by far.
     subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
     found = (pathlib.Path(folder, name) for name in names)
-    files += [file for file in found if file.suffix == ".py"]
+    sources = (file for file in found if file.suffix == ".py")
+    files += [file for file in sources if file.stat().st_size]
   files = [file for file in _sorted(root, files) if file != root / _GENERATED]
   version = platform.python_version()
   return Source(f"standard library of Python {version}", _read(root, files))
