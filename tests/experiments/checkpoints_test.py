@@ -389,9 +389,9 @@ class TestProcesses:
         lines = [int(saver.stdout.readline()) for _ in range(rng.randint(2, 6))]
         time.sleep(rng.uniform(0, 0.3))
         saver.kill()
-        out, err = saver.communicate()
-        assert saver.returncode == -signal.SIGKILL, err
-        last = [*lines, *map(int, out.split())][-1]
+        lines += map(int, saver.stdout.read().split())
+        assert saver.wait() == -signal.SIGKILL, saver.stderr.read()
+        last = lines[-1]
         with Checkpoints(folder, every=1, keep=2) as store:
           found = store.restore(_abstract(_state(0, _mesh())))
           # `last` had been handed over, so the one before was complete.
