@@ -24,11 +24,14 @@ def _check_shapes(q, k, v, layout):
   axis = layout.index("H")
   if q.ndim != len(layout):
     raise ValueError(f"q must have axes ({', '.join(layout)}), got {q.shape}")
-  if k.ndim != q.ndim or k.shape != v.shape:
-    raise ValueError(f"k and v must have q's axes: {k.shape} and {v.shape}")
+  if k.ndim != q.ndim:
+    raise ValueError(f"k must have axes ({', '.join(layout)}), got {k.shape}")
   expected = *q.shape[:axis], k.shape[axis], *q.shape[axis + 1 :]
-  if k.shape != expected:
-    raise ValueError(f"k must be {expected} to fit q {q.shape}, got {k.shape}")
+  if k.shape != expected or v.shape != expected:
+    raise ValueError(
+      f"k and v must be {expected} to fit q {q.shape}, got {k.shape} and"
+      f" {v.shape}"
+    )
   if not k.shape[axis] or q.shape[axis] % k.shape[axis]:
     raise ValueError(
       f"query heads must be a multiple of KV heads, got {q.shape[axis]} and"
