@@ -129,8 +129,8 @@ def _restore(run: Run, steps: list[pathlib.Path]) -> tuple[Any, dict]:
   if found is None:
     where = steps[0] if len(steps) == 1 else "the work dir"
     raise FileNotFoundError(f"no good checkpoint in {where}")
-  step, state, meta = found
-  print(f"checkpoint step {step}")
+  newest, state, meta = found
+  print(f"checkpoint step {newest}")
   return state, meta
 
 

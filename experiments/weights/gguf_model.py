@@ -57,6 +57,9 @@ def from_gguf(file: GGUF) -> DecoderConfig:
     return found
 
   heads, hidden = value("attention.head_count"), value("embedding_length")
+  head_dim = value("attention.key_length", hidden // heads)
+  if value("rope.dimension_count", head_dim) != head_dim:
+    raise ValueError("the GGUF model rotates a part of each head only")
   return DecoderConfig(
     vocab_size=len(metadata.get("tokenizer.ggml.tokens", ()))
     or value("vocab_size"),
@@ -65,7 +68,7 @@ def from_gguf(file: GGUF) -> DecoderConfig:
     num_layers=value("block_count"),
     num_heads=heads,
     num_kv_heads=value("attention.head_count_kv", heads),
-    head_dim=value("attention.key_length", hidden // heads),
+    head_dim=head_dim,
     context=value("context_length"),
     rope_theta=value("rope.freq_base", 10000.0),
     rope_scaling=_rope_scaling(value("rope.scaling.type", "none"), value),

@@ -81,7 +81,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
   Raises:
     ValueError: if no architecture of transformers has this combination.
   """
-  run_only = {
+  run_only: dict[str, Any] = {
     field.name: field.default
     for field in dataclasses.fields(config)
     if field.name in ("dtype", "param_dtype", "remat", "scan_layers")
@@ -158,7 +158,7 @@ def _activation(kind: str, name: str) -> str:
   return _ACTIVATIONS[name]
 
 
-def _biases(kind: str, raw: dict[str, Any]) -> dict[str, bool]:
+def _biases(kind: str, raw: dict[str, Any]) -> dict[str, Any]:
   if kind == "qwen2":
     return {"qkv_bias": True}
   if kind == "mistral":

@@ -129,7 +129,7 @@ def write_shards(
     write_tensors(folder / f"{number}.part", shard)
     shards.append(list(shard))
     total += sum(array.nbytes for array in shard.values())
-  weight_map = {}
+  weight_map: dict[str, str] = {}
   for number, names in enumerate(shards):
     name = "model.safetensors"
     if len(shards) > 1:

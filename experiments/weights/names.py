@@ -4,14 +4,14 @@ Import, export and PEFT adapters all read it. Matrices are stored (out, in)
 there and (in, out) here; a stacked leaf here is one tensor a layer there.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import nnx
 
 from adaptax.layers.decoder import Decoder, DecoderConfig
 
-Path = tuple[str, ...]
+Path = tuple[Any, ...]
 Scheme = Literal["huggingface", "gguf"]
 
 _HF = "model.layers.{}"

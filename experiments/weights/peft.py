@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from adaptax.experiments.weights import hf_folder
-from adaptax.experiments.weights.names import MODULES
+from adaptax.experiments.weights.names import MODULES, Path
 from adaptax.layers.adapters import LoRA, adapt, adapters
 
 CONFIG = "adapter_config.json"
@@ -40,8 +40,6 @@ _READ = {
 # Only the first two say something about the base of a trained adapter.
 _INITS = ("pissa", "olora", True, False, "gaussian", "orthogonal")
 
-Path = tuple[str, ...]
-
 
 def save_adapter(
   folder: str | pathlib.Path, model: Any, base_model: str | None = None
@@ -60,16 +58,7 @@ def save_adapter(
     FileExistsError: the folder holds files of others.
     ValueError: no adapter, or one that PEFT's LoRA cannot express.
   """
-  found = {
-    tuple(path.split("/")): (adapter, size)
-    for path, adapter, size in adapters(model)
-  }
-  for path, (adapter, _) in found.items():
-    if type(adapter) is not LoRA:
-      raise ValueError(
-        f"adapter {adapter.name} at {'/'.join(path)} has no PEFT export;"
-        " export the merged model instead"
-      )
+  found = dict(_loras(model))
   config = _config(
     {path: lora for path, (lora, _) in found.items()}, base_model
   )
@@ -77,6 +66,17 @@ def save_adapter(
   with hf_folder.new_folder(pathlib.Path(folder)) as partial:
     hf_folder.write_json(partial / CONFIG, config)
     hf_folder.write_tensors(partial / TENSORS, tensors)
+
+
+def _loras(model: Any) -> Iterator[tuple[Path, tuple[LoRA, int | None]]]:
+  for path, adapter, size in adapters(model):
+    # A subclass may compute something else with the same leaves.
+    if type(adapter) is not LoRA:
+      raise ValueError(
+        f"adapter {adapter.name} at {path} has no PEFT export; export the"
+        " merged model instead"
+      )
+    yield tuple(path.split("/")), (adapter, size)
 
 
 def _config(
@@ -187,11 +187,11 @@ def load_adapter(
     if not tensors.keys().isdisjoint(_keys(path, "a", size)):
       rules["/".join(path)] = _factory(raw, path, size)
   model = adapt(model, rules, rngs=rngs)
-  for path, lora, size in adapters(model):
-    _fill(lora, tuple(path.split("/")), size, tensors)
+  for path, (lora, size) in _loras(model):
+    _fill(lora, path, size, tensors)
   if tensors:
     raise ValueError(
-      f"{len(tensors)} tensors of {folder} have no place in the model:"
+      f"the model has no place for {len(tensors)} of the tensors in {folder}:"
       f" {', '.join(list(tensors)[:3])}"
     )
   return model

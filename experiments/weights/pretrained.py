@@ -1,8 +1,10 @@
 """Pretrained weights as our leaves, read one at a time.
 
-config, weights = load_pretrained("smollm2", param_dtype="bfloat16")
-model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-fill(model, weights)
+No array exists before `fill` makes it:
+
+  config, weights = load_pretrained("smollm2", param_dtype="bfloat16")
+  model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+  fill(model, weights)
 """
 
 import dataclasses
@@ -73,10 +75,11 @@ class Weights(Mapping[names.Path, np.ndarray]):
             f"tensor {name} has shape {tensor.shape}, the config wants"
             f" {stored.shape}"
           )
-    left = [name for name in left if not _redundant(name, config)]
-    if left:
+    surplus = [name for name in left if not _redundant(name, config)]
+    if surplus:
       raise ValueError(
-        f"{len(left)} tensors have no place in the model: {_some(left)}"
+        f"the model has no place for {len(surplus)} of the tensors:"
+        f" {_some(surplus)}"
       )
 
 
@@ -203,13 +206,12 @@ def save_pretrained(
   """
   raw = to_hf(model.config)
   leaves = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-  foreign = [
-    "/".join(path) for path in leaves.keys() - names.leaves(model.config).keys()
-  ]
-  if foreign:
+  differing = leaves.keys() ^ names.leaves(model.config).keys()
+  if differing:
+    paths = sorted("/".join(map(str, path)) for path in differing)
     raise ValueError(
-      f"merge the adapters before export: {_some(sorted(foreign))} have no"
-      " place in a Hugging Face model"
+      "only a plain decoder is exported, merge its adapters first; it differs"
+      f" in {_some(paths)}"
     )
   with hf_folder.new_folder(pathlib.Path(folder)) as partial:
     hf_folder.write_json(partial / hf_folder.CONFIG, {**(extra or {}), **raw})

@@ -30,14 +30,14 @@ def make_run(golden, tmp_path_factory):
     base, root = folder / "base", folder / "run"
     shutil.copytree(golden / "llama", base)
     (base / "tokenizer_config.json").write_text('{"tokenizer_class": "x"}')
+    # One row a micro-batch keeps the run, and its export, on one device.
+    overrides = {"plan.rows": "1", "model.name": "pretrained"}
     config = configs.check(
-      configs.load(name),
-      REGISTRIES,
-      {"model.name": "pretrained", "model.path": str(base)},
+      configs.load(name), REGISTRIES, overrides | {"model.path": str(base)}
     )
     root.mkdir()
     (root / "config.json").write_text(configs.to_json(config))
-    run = Run(config, flat_mesh())
+    run = Run(config, flat_mesh(jax.devices()[:1]))
     trainable, frozen = run.model.materialise()
     with Checkpoints(root / "checkpoints", every=1, keep=2) as checkpoints:
       for step in (3, 7):

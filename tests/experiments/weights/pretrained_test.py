@@ -1,10 +1,10 @@
 """Weights of others give their logits here, and ours load there."""
 
 import json
+import re
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -12,10 +12,12 @@ from flax import nnx
 
 from adaptax.experiments.weights import gguf, gguf_model
 from adaptax.experiments.weights.pretrained import (
+  Weights,
   fill,
   load_pretrained,
   save_pretrained,
 )
+from adaptax.layers.adapters import LoRA, adapt
 from adaptax.layers.decoder import Decoder
 
 MODELS = ("llama", "llama3_tied", "qwen2", "mistral", "gemma")
@@ -85,26 +87,82 @@ def test_export_keeps_bfloat16_and_extra_keys(golden, open_model, tmp_path):
   assert raw["eos_token_id"] == 7
 
 
-def test_q_and_k_of_a_llama_gguf_are_put_back(golden, open_model):
-  model = open_model(golden / "llama")
-  config = model.config
-  kernel = np.asarray(model.layers.attention.k.kernel[0]).T
-  # How convert_hf_to_gguf.py of llama.cpp permutes.
-  half = (config.num_kv_heads, 2, config.head_dim // 2)
-  permuted = kernel.reshape(*half, -1).swapaxes(1, 2).reshape(kernel.shape)
+def _as_gguf(folder, config, kind):
+  """The tensors of a Hugging Face folder as llama.cpp's converter has them."""
+  heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+  tensors = {}
+  for name, array in _tensors(folder).items():
+    for theirs, ours in _GGUF_NAMES:
+      name = re.sub(theirs, ours, name)
+    part = name.split(".")[2] if name.startswith("blk") else ""
+    if kind == "llama" and part in heads:
+      split = array.reshape(heads[part], 2, -1, *array.shape[1:])
+      array = split.swapaxes(1, 2).reshape(array.shape)
+    tensors[name] = _Array(array)
+  return tensors
 
-  class Plain:
-    shape = kernel.shape
-    load = staticmethod(lambda: permuted)
 
-  for kind, expected in (("llama", kernel), ("qwen2", permuted)):
-    file = gguf.GGUF(
-      {"general.architecture": kind}, {"blk.0.attn_k.weight": Plain()}
-    )
-    tensors = gguf_model.half_split(file, config)
-    np.testing.assert_array_equal(
-      tensors["blk.0.attn_k.weight"].load(), expected
-    )
+class _Array:
+  def __init__(self, array):
+    self.shape, self.load = array.shape, lambda: array
+
+
+_GGUF_NAMES = (
+  (r"model\.layers\.", "blk."),
+  (r"model\.embed_tokens", "token_embd"),
+  (r"model\.norm", "output_norm"),
+  ("lm_head", "output"),
+  (r"self_attn\.(.)_proj", r"attn_\1"),
+  ("attn_o", "attn_output"),
+  (r"mlp\.(.*)_proj", r"ffn_\1"),
+  ("input_layernorm", "attn_norm"),
+  ("post_attention_layernorm", "ffn_norm"),
+)
+
+
+def _metadata(kind, config):
+  values = {
+    "embedding_length": config.hidden_size,
+    "feed_forward_length": config.intermediate_size,
+    "block_count": config.num_layers,
+    "attention.head_count": config.num_heads,
+    "attention.head_count_kv": config.num_kv_heads,
+    "context_length": config.context,
+    "vocab_size": config.vocab_size,
+    "attention.layer_norm_rms_epsilon": float(np.float32(config.norm_eps)),
+  }
+  named = {f"{kind}.{key}": value for key, value in values.items()}
+  return {"general.architecture": kind, **named}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_gguf_model_is_that_of_its_huggingface_folder(golden, kind):
+  config, expected = load_pretrained(golden / kind)
+  file = gguf.GGUF(
+    _metadata(kind, config), _as_gguf(golden / kind, config, kind)
+  )
+  assert gguf_model.from_gguf(file) == config
+  tensors = gguf_model.half_split(file, config)
+  weights = Weights(tensors, config, "gguf")
+  assert weights.keys() == expected.keys()
+  for path, value in weights.items():
+    np.testing.assert_array_equal(value, expected[path])
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"general.architecture": "qwen"}, "unknown GGUF arch.*did you mean qwen2"),
+    ({"llama.block_count": None}, r"metadata lacks llama\.block_count"),
+    ({"llama.rope.scaling.type": "yarn"}, "unknown GGUF RoPE scaling 'yarn'"),
+    ({"llama.rope.dimension_count": 4}, "rotates a part of each head"),
+  ],
+)
+def test_gguf_models_that_are_not_read_are_named(golden, change, message):
+  config, _ = load_pretrained(golden / "llama")
+  file = gguf.GGUF(_metadata("llama", config) | change, {})
+  with pytest.raises(ValueError, match=message):
+    gguf_model.from_gguf(file)
 
 
 @pytest.fixture
@@ -146,7 +204,7 @@ def test_tensors_left_over_are_named(copied):
   extra = {"model.layers.2.mlp.up_proj.weight": np.zeros((48, 32))}
   folder = copied(change=lambda t: t.update(extra))
   with pytest.raises(
-    ValueError, match=r"1 tensors have no place .*layers\.2\.mlp\.up_proj"
+    ValueError, match=r"no place for 1 of .*layers\.2\.mlp\.up_proj"
   ):
     load_pretrained(folder)
 
@@ -166,9 +224,9 @@ def test_quantised_integers_are_refused(copied):
 
 
 def test_unmerged_leaves_are_not_exported(golden, open_model, tmp_path):
-  model = open_model(golden / "llama")
-  model.surplus = nnx.Param(jnp.zeros(3))
-  with pytest.raises(ValueError, match=r"merge the adapters .*surplus"):
+  rules = {"q": lambda base, rngs: LoRA(base, rngs=rngs)}
+  model = adapt(open_model(golden / "llama"), rules, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match=r"merge its adapters .*attention/q/a,"):
     save_pretrained(tmp_path / "out", model)
   assert not list(tmp_path.iterdir())
 
