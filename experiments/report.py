@@ -68,10 +68,19 @@ class Log:
 
   def __init__(self, run: Any, metrics: Metrics, first: int):
     self._run, self._metrics = run, metrics
-    self._progress = Progress(run.config.steps, first)
+    self._progress = None
+    if jax.process_index() == 0:
+      self._progress = Progress(run.config.steps, first)
     self._pending: tuple[int, Any] | None = None
     self._initial: float | None = None
     self._clock = time.perf_counter()
+
+  def __enter__(self) -> "Log":
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._progress:
+      self._progress.close()
 
   def initial(self, eval_loss: float | None) -> None:
     """Takes the held-out loss before the first step."""
@@ -105,7 +114,8 @@ class Log:
     if step == 1 and self._initial is not None:
       # The loss of step 1 is that of the untrained model.
       self._metrics.write(0, **line, eval_loss=self._initial)
-    self._progress.update(step, **line)
+    if self._progress:
+      self._progress.update(step, **line)
     line["gradient_norm"] = float(values["gradient_norm"])
     line["learning_rate"] = float(self._run.learning_rate(step - 1))
     if evaluate and (eval_loss := evaluate()) is not None:
@@ -124,12 +134,12 @@ def check_finite(step: int, values: dict[str, Any]) -> None:
   bad = [name for name in names if not np.isfinite(values[name])]
   if not bad:
     return
-  tensors = [
-    name for name, fine in values.get("finite", {}).items() if not fine
-  ]
   where = "set find_nonfinite=True to learn which tensor is the first"
-  if tensors:
-    where = f"the first non-finite tensor is {tensors[0]}"
+  if "finite" in values:
+    tensors = [name for name, fine in values["finite"].items() if not fine]
+    # A weight that is not finite spoils every gradient, not the reverse.
+    tensors.sort(key=lambda name: name.startswith("gradient"))
+    where = f"the first non-finite tensor is {(*tensors, 'none of them')[0]}"
   raise FloatingPointError(
     f"{bad[0]} is {values[bad[0]]} at step {step}; {where}"
   )
@@ -160,9 +170,7 @@ def footer(run: Any, workdir: pathlib.Path, written: list[str]) -> None:
     if "eval_loss" in line
   ]
   if losses:
-    say(
-      f"\nheld-out   {losses[0]:.4f} nats/token before, {losses[-1]:.4f} after"
-    )
+    say(f"held-out   {losses[0]:.4f} nats/token before, {losses[-1]:.4f} after")
   if jax.tree.leaves(run.model.split.frozen):
     say("frozen     weights are bit for bit what they were")
   say(f"written    {workdir}: {', '.join(written)}")

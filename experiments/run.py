@@ -38,9 +38,10 @@ class Run:
 
   def __init__(self, config: Any, mesh: Mesh):
     """Raises ValueError or OSError where the user has to change something."""
-    if config.plan.rows % mesh.size:
+    rows = config.plan.rows
+    if rows < 1 or rows % mesh.size:
       raise ValueError(
-        f"plan.rows {config.plan.rows} is not a multiple of the {mesh.size}"
+        f"plan.rows {rows} is not a positive multiple of the {mesh.size}"
         " devices"
       )
     self.config = config

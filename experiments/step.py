@@ -117,8 +117,8 @@ def make_train_step(
     )
     metrics = {
       "loss": total / weight,
-      "gradient_norm": optax.global_norm(gradients),
-      "update_norm": optax.global_norm(updates),
+      "gradient_norm": optax.tree.norm(gradients),
+      "update_norm": optax.tree.norm(updates),
       "tokens": weight,
     }
     if find_nonfinite:

@@ -8,6 +8,7 @@ holds checkpoints of the same config is resumed. The exit status is 0 when the
 run is complete and `PREEMPTED` when SIGTERM stopped it after a save.
 """
 
+import contextlib
 import functools
 import pathlib
 import signal
@@ -16,7 +17,9 @@ from typing import Any
 
 import jax
 from absl import app, flags, logging
+from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adaptax.experiments import config as configs
 from adaptax.experiments import data, report
@@ -29,6 +32,8 @@ from adaptax.experiments.metrics import Metrics, plot_losses
 from adaptax.experiments.registry import REGISTRIES
 from adaptax.experiments.run import Run
 from adaptax.experiments.weights.peft import save_adapter
+from adaptax.experiments.weights.pretrained import HUB
+from adaptax.layers.adapters.base import AdapterBuffer, AdapterParam
 from adaptax.parallel import flat_mesh
 
 PREEMPTED = 75
@@ -45,7 +50,8 @@ PROCESS = flags.DEFINE_integer("process", None, "This process, from 0.")
 
 
 def main(config: Any) -> None:
-  if flags.FLAGS["verbosity"].using_default_value:
+  # absl sets INFO where the user asked for nothing.
+  if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   if COORDINATOR.value:
     jax.distributed.initialize(
@@ -111,16 +117,18 @@ def train(run: Run, corpus: data.Data, workdir: pathlib.Path) -> int:
   metrics = Metrics(
     workdir, tensorboard=c.tensorboard, primary=jax.process_index() == 0
   )
-  with checkpoints, metrics:
-    first = 0
+  first = 0
+  with contextlib.ExitStack() as stack:
+    checkpoints, metrics = map(stack.enter_context, (checkpoints, metrics))
     if found := checkpoints.restore(run.state):
       first, state, position = found
       same_bytes(position["frozen"], proof, "are not those of the saved run")
       batches.set_state(position["data"])
       report.say(f"resumed    at step {first}")
-    metrics.truncate(first)
+    # A run that restarts from nothing writes the line of step 0 again.
+    metrics.truncate(first or -1)
     evaluation = Evaluation(run, corpus, frozen)
-    log = report.Log(run, metrics, first)
+    log = stack.enter_context(report.Log(run, metrics, first))
     if first == 0:
       log.initial(evaluation(state["trainable"]))
     train_step, stop = run.train_step(), StopSignal()
@@ -139,7 +147,7 @@ def train(run: Run, corpus: data.Data, workdir: pathlib.Path) -> int:
         position = {"data": batches.get_state(), "frozen": proof}
         checkpoints.save(step, state, position)
       if stopped and not last:
-        report.say(f"\nSIGTERM: saved step {step}; run again to go on")
+        report.say(f"SIGTERM: saved step {step}; run again to go on")
         return PREEMPTED
   same_bytes(proof, fingerprint(frozen), "changed during the run")
   finish(run, workdir, state["trainable"], frozen)
@@ -204,14 +212,24 @@ def same_bytes(old: dict, new: dict, problem: str) -> None:
 
 def finish(run: Run, workdir: pathlib.Path, trainable, frozen) -> None:
   """Exports the adapter, draws the losses and says where things are."""
+  model = run.module(trainable, frozen)
+  if jax.process_count() > 1:
+    gather_adapters(model, run.mesh)
   if jax.process_index():
     return
   written = ["metrics.jsonl", "config.json", "checkpoints"]
   if run.config.adapter.name != "none":
-    save_adapter(workdir / "adapter", run.module(trainable, frozen))
+    save_adapter(workdir / "adapter", model, HUB.get(run.config.model.name))
     written.append("adapter")
   plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")
   report.footer(run, workdir, [*written, "loss.png"])
+
+
+def gather_adapters(model: nnx.Module, mesh: Mesh) -> None:
+  """Gives every process the whole of the adapters' arrays."""
+  state = nnx.state(model, nnx.Any(AdapterParam, AdapterBuffer))
+  whole = NamedSharding(mesh, PartitionSpec())
+  nnx.update(model, jax.jit(lambda x: x, out_shardings=whole)(state))
 
 
 if __name__ == "__main__":

@@ -54,5 +54,5 @@ def schedule(
   body = SCHEDULES[name](peak, steps - warmup, final)
   if warmup == 0:
     return body
-  rise = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+  rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
   return optax.join_schedules([rise, body], [warmup])
