@@ -188,8 +188,8 @@ def _modules(model) -> Iterator[tuple[tuple, nnx.Module, int | None]]:
   modules = dict(nnx.iter_modules(model))
   for path, module in modules.items():
     above = (modules.get(path[:depth]) for depth in range(len(path)))
-    sizes = [m.stack_size for m in above if hasattr(m, "stack_size")]
-    yield path, module, (sizes[0] if sizes else None)
+    sizes = (getattr(m, "stack_size", None) for m in above)
+    yield path, module, next(filter(None, sizes), None)
 
 
 def _linear_maps(model) -> Iterator[tuple[str, Any, int | None]]:

@@ -105,9 +105,8 @@ class LoRA(Adapter):
     if changes:
       residual = kernel_of(base) - delta(a, b, self.scale)
       self.base = with_kernel(base, residual)
-    norm = self._norm() if use_dora else None
     self.magnitude = (
-      AdapterParam(norm.astype(param_dtype)) if use_dora else None
+      AdapterParam(self._norm().astype(param_dtype)) if use_dora else None
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -117,21 +116,20 @@ class LoRA(Adapter):
     update = forward(
       dropped.astype(y.dtype), self.a[...], self.b[...], self.scale
     )
-    if self.magnitude is None:
+    gain = self._gain()
+    if gain is None:
       return y + update
     # DoRA rescales the base's part too, and that of the same input.
     linear = y if dropped is x else self.base(dropped)
     if self.base.bias is not None:
       linear -= self.base.bias[...].astype(y.dtype)
-    return dora.forward(y, linear, update, self._gain())
+    return dora.forward(y, linear, update, gain)
 
   def merge(self) -> nnx.Linear:
     """Returns a plain linear map with the change folded in."""
     change = delta(self.a[...], self.b[...], self.scale)
-    kernel = kernel_of(self.base) + change
-    if self.magnitude is not None:
-      kernel *= self._gain()
-    return with_kernel(self.base, kernel)
+    kernel, gain = kernel_of(self.base) + change, self._gain()
+    return with_kernel(self.base, kernel if gain is None else kernel * gain)
 
   def to_plain(self) -> tuple[jax.Array, jax.Array, float, int]:
     """Returns (a, b, alpha, rank) of the same change to the original base.
@@ -140,7 +138,7 @@ class LoRA(Adapter):
     stays; leaves may be stacked. Exact up to the rounding of the base kernel.
     """
     a, b = self.a[...], self.b[...]
-    if self.initial_a is None:
+    if self.initial_a is None or self.initial_b is None:
       return a, b, self.alpha, self.rank
     a = jnp.concatenate([a, self.initial_a[...]], -1)
     b = jnp.concatenate([b, -self.initial_b[...]], -2)
@@ -166,5 +164,7 @@ class LoRA(Adapter):
     kernel = kernel_of(self.base)
     return dora.norm(kernel, self.a[...], self.b[...], self.scale)
 
-  def _gain(self) -> jax.Array:
+  def _gain(self) -> jax.Array | None:
+    if self.magnitude is None:
+      return None
     return self.magnitude[...].astype(jnp.float32) / self._norm()
