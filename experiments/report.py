@@ -66,14 +66,17 @@ class Log:
   saved.
   """
 
-  def __init__(self, run: Any, metrics: Metrics, first: int):
+  def __init__(self, run: Any, metrics: Metrics):
     self._run, self._metrics = run, metrics
-    self._progress = None
-    if jax.process_index() == 0:
-      self._progress = Progress(run.config.steps, first)
+    self._progress: Progress | None = None
     self._pending: tuple[int, Any] | None = None
     self._initial: float | None = None
     self._clock = time.perf_counter()
+
+  def start(self, first: int) -> None:
+    """Shows progress from step `first` on, once for all processes."""
+    if jax.process_index() == 0:
+      self._progress = Progress(self._run.config.steps, first)
 
   def __enter__(self) -> "Log":
     return self

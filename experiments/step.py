@@ -39,14 +39,12 @@ def split(model: nnx.Module) -> Split:
   model.eval()
   evaluation = nnx.graphdef(model)
   model.train()
-  graphdef, some, rest = nnx.split(model, wrt, ...)
-  return Split(
-    graphdef, evaluation, nnx.to_pure_dict(some), nnx.to_pure_dict(rest)
-  )
+  graphdef, *states = nnx.split(model, wrt, ...)
+  return Split(graphdef, evaluation, *map(nnx.to_pure_dict, states))
 
 
 def token_losses(
-  model: nnx.Module, batch: Batch, attend: Any, chunk: int | None = None
+  model: Any, batch: Batch, attend: Any, chunk: int | None = None
 ) -> jax.Array:
   """Returns the weighted sum of next-token losses in nats, float32 scalar.
 

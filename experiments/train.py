@@ -8,7 +8,6 @@ holds checkpoints of the same config is resumed. The exit status is 0 when the
 run is complete and `PREEMPTED` when SIGTERM stopped it after a save.
 """
 
-import contextlib
 import functools
 import pathlib
 import signal
@@ -113,14 +112,16 @@ def train(run: Run, corpus: data.Data, workdir: pathlib.Path) -> int:
   batches = corpus.train_batches(
     rows=c.plan.rows, micro_batches=c.batch_size.micro_batches, seed=c.seed
   )
-  checkpoints = Checkpoints(workdir / "checkpoints", **c.checkpoint)
-  metrics = Metrics(
-    workdir, tensorboard=c.tensorboard, primary=jax.process_index() == 0
-  )
   first = 0
-  with contextlib.ExitStack() as stack:
-    checkpoints, metrics = map(stack.enter_context, (checkpoints, metrics))
-    if found := checkpoints.restore(run.state):
+  with (
+    Checkpoints(workdir / "checkpoints", **c.checkpoint) as checkpoints,
+    Metrics(
+      workdir, tensorboard=c.tensorboard, primary=jax.process_index() == 0
+    ) as metrics,
+    report.Log(run, metrics) as log,
+  ):
+    found = checkpoints.restore(run.state)
+    if found is not None:
       first, state, position = found
       same_bytes(position["frozen"], proof, "are not those of the saved run")
       batches.set_state(position["data"])
@@ -128,7 +129,7 @@ def train(run: Run, corpus: data.Data, workdir: pathlib.Path) -> int:
     # A run that restarts from nothing writes the line of step 0 again.
     metrics.truncate(first or -1)
     evaluation = Evaluation(run, corpus, frozen)
-    log = stack.enter_context(report.Log(run, metrics, first))
+    log.start(first)
     if first == 0:
       log.initial(evaluation(state["trainable"]))
     train_step, stop = run.train_step(), StopSignal()

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adaptax.layers import rope
-from adaptax.layers.errors import unknown_name
 from adaptax.layers.stack import REMAT_POLICIES, apply_stack, stack
+from adaptax.pallas_kernels.errors import unknown_name
 
 Attend = Callable[..., jax.Array]
 
@@ -37,7 +37,7 @@ class DecoderConfig:
     num_layers: blocks.
     num_heads: query heads.
     num_kv_heads: key and value heads; divides `num_heads`.
-    head_dim: width of a head; None means `hidden_size // num_heads`.
+    head_dim: width of a head; 0 means `hidden_size // num_heads`.
     context: tokens of context the model was made for.
     rope_theta: base of the rotary frequencies.
     rope_scaling: None or a `RopeScaling`.
@@ -63,7 +63,7 @@ class DecoderConfig:
   num_layers: int
   num_heads: int
   num_kv_heads: int
-  head_dim: int | None = None
+  head_dim: int = 0
   context: int = 8192
   rope_theta: float = 10000.0
   rope_scaling: rope.RopeScaling | None = None
@@ -83,7 +83,7 @@ class DecoderConfig:
   scan_layers: bool = True
 
   def __post_init__(self):
-    if self.head_dim is None:
+    if not self.head_dim:
       object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
     if self.num_heads % self.num_kv_heads:
       raise ValueError(

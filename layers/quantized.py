@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from adaptax.layers.adapters.base import replace_linear
-from adaptax.layers.errors import unknown_name
+from adaptax.pallas_kernels.errors import unknown_name
 
 KINDS = ("int8", "nf4")
 

@@ -30,13 +30,13 @@ def stack(
   are stacked.
   """
   create = nnx.split_rngs(splits=size)(nnx.vmap(make, in_axes=0, out_axes=0))
-  module = create(rngs)
+  module: Any = create(rngs)
   module.stack_size = size
   return module
 
 
 def apply_stack(
-  module: nnx.Module,
+  module: Any,
   step: Callable[[Any, Any, Any], tuple[Any, Any]],
   carry: Any,
   xs: Any = None,

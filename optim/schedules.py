@@ -1,9 +1,10 @@
 """Learning-rate schedules: warm-up, then one of a few shapes by name."""
 
-import difflib
 from collections.abc import Callable
 
 import optax
+
+from adaptax.pallas_kernels.errors import unknown_name
 
 
 def constant(peak: float, steps: int, final: float) -> optax.Schedule:
@@ -42,11 +43,7 @@ def schedule(
     final: learning rate at the end as a fraction of the peak.
   """
   if name not in SCHEDULES:
-    close = difflib.get_close_matches(name, SCHEDULES, 1)
-    hint = f": did you mean {close[0]}?" if close else ""
-    raise ValueError(
-      f"unknown schedule {name!r}{hint} (allowed: {', '.join(SCHEDULES)})"
-    )
+    raise unknown_name("schedule", name, SCHEDULES)
   if not 0 <= warmup <= steps:
     raise ValueError(
       f"schedule: warmup {warmup} is not within the run of {steps} steps"

@@ -3,6 +3,8 @@ if not __name__.startswith("adaptax."):
     "import adaptax.parallel, not parallel: a second copy would define every class twice"
   )
 
+from adaptax.parallel.attention import EXECUTORS, make_attend, static_degree
+from adaptax.parallel.layout import Layout, exchange_limit
 from adaptax.parallel.sharding import (
   AXIS,
   by_row,
@@ -15,10 +17,15 @@ from adaptax.parallel.sharding import (
 
 __all__ = [
   "AXIS",
+  "EXECUTORS",
+  "Layout",
   "by_row",
+  "exchange_limit",
   "flat_mesh",
   "fsdp",
   "fsdp_spec",
+  "make_attend",
   "place",
   "shard_model",
+  "static_degree",
 ]

@@ -1,6 +1,5 @@
 """Attention of a model whose rows are spread over groups of devices."""
 
-import difflib
 import functools
 import math
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from adaptax.pallas_kernels.errors import unknown_name
 from adaptax.pallas_kernels.packed_attention import group_attention
 from adaptax.parallel.exchange import exchange, exchange_kv, gather_group
 from adaptax.parallel.layout import Layout, exchange_limit
@@ -28,11 +28,7 @@ def static_degree(layout: Layout, executor: str) -> int | None:
     ValueError: for another executor, or a mixed layout under `uniform`.
   """
   if executor not in EXECUTORS:
-    near = difflib.get_close_matches(executor, EXECUTORS, 1, 0)[0]
-    raise ValueError(
-      f"unknown executor {executor!r}; did you mean {near!r}? There are"
-      f" {', '.join(EXECUTORS)}"
-    )
+    raise unknown_name("executor", executor, EXECUTORS)
   if executor == "mixed":
     return None
   if layout.uniform_degree is None:

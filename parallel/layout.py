@@ -9,6 +9,7 @@ micro-batch. A compiled step takes all of it as arrays.
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -85,23 +86,24 @@ class Layout:
 
     Arguments are those of the class; `documents` defaults to 0 .. K - 1.
     """
-    lengths = _integers("lengths", lengths)
-    devices = _integers("devices", devices)
-    if len(lengths) != len(devices):
+    sizes = _integers("lengths", lengths)
+    groups = _integers("devices", devices)
+    if len(sizes) != len(groups):
       raise ValueError(
-        f"{len(lengths)} lengths need as many devices, got {len(devices)}"
+        f"{len(sizes)} lengths need as many devices, got {len(groups)}"
       )
-    order = np.argsort(devices, kind="stable")
-    ends = np.cumsum(lengths[order])
-    begins = ends - lengths[order]
-    leader = np.searchsorted(devices[order], devices[order])
-    offsets = np.empty_like(lengths)
+    order = np.argsort(groups, kind="stable")
+    ends = np.cumsum(sizes[order])
+    begins = ends - sizes[order]
+    leader = np.searchsorted(groups[order], groups[order])
+    offsets = np.empty_like(sizes)
     offsets[order] = begins - begins[leader]
     if documents is None:
-      documents = range(len(lengths))
-    return cls(
-      tokens, degree, documents, lengths, devices, offsets, heads, ring
-    )
+      documents = range(len(sizes))
+    # The class makes tuples of whatever holds whole numbers.
+    tables: Any = (degree, documents, sizes, groups, offsets)
+    tables = dict(zip(_TABLES, tables))
+    return cls(tokens, **tables, heads=heads, ring=ring)
 
   @property
   def first_device(self) -> np.ndarray:
@@ -333,7 +335,8 @@ def _check_degrees(layout: Layout) -> None:
 
 
 def _check_limit(layout: Layout) -> None:
-  if not (far := _above_limit(layout)).any():
+  far = _above_limit(layout)
+  if layout.heads is None or not far.any():
     return
   degree, limit = layout.degree[np.argmax(far)], exchange_limit(layout.heads)
   if not layout.ring:

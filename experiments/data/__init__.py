@@ -1,7 +1,6 @@
 """Text to packed batches: sources, tokenizers, packing, resumable order."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterable
 
 import grain
@@ -16,6 +15,7 @@ from adaptax.experiments.data.tokenizers import (
   Tokenizer,
   load_tokenizer,
 )
+from adaptax.pallas_kernels.errors import unknown_name
 
 __all__ = [
   "SOURCES",
@@ -119,8 +119,5 @@ def load(
 
 
 def _check(key: str, value: str, allowed: Iterable[str]) -> None:
-  if value in allowed:
-    return
-  close = difflib.get_close_matches(value, allowed, 1)
-  hint = f" (did you mean {close[0]!r}?)" if close else ""
-  raise ValueError(f"{key} is {value!r}; use one of {', '.join(allowed)}{hint}")
+  if value not in allowed:
+    raise unknown_name(key, value, allowed)

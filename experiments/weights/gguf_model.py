@@ -9,8 +9,8 @@ import numpy as np
 
 from adaptax.experiments.weights.gguf import GGUF
 from adaptax.layers.decoder import DecoderConfig
-from adaptax.layers.errors import unknown_name
 from adaptax.layers.rope import RopeScaling
+from adaptax.pallas_kernels.errors import unknown_name
 
 _ARCHITECTURES = ("llama", "qwen2")
 

@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 from adaptax.layers.decoder import DecoderConfig
-from adaptax.layers.errors import unknown_name
 from adaptax.layers.rope import RopeScaling
+from adaptax.pallas_kernels.errors import unknown_name
 
 _SIZES = {
   "vocab_size": "vocab_size",

@@ -14,8 +14,8 @@ from adaptax.layers.adapters.base import (
   AdapterParam,
   check_rank,
 )
-from adaptax.layers.errors import unknown_name
 from adaptax.layers.linear import kernel_of, with_kernel
+from adaptax.pallas_kernels.errors import unknown_name
 
 
 def delta(a: jax.Array, b: jax.Array, scale: float) -> jax.Array:

@@ -223,7 +223,7 @@ def test_executors():
     ValueError, match=r"one degree .* \[1, 2\]; use the mixed"
   ):
     static_degree(mixed, "uniform")
-  with pytest.raises(ValueError, match="'unifrom'; did you mean 'uniform'"):
+  with pytest.raises(ValueError, match="'unifrom': did you mean uniform"):
     static_degree(mixed, "unifrom")
 
 

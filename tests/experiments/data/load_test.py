@@ -115,9 +115,9 @@ class TestErrors:
   @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-      ({"name": "sdtlib"}, r"data\.name .* \(did you mean 'stdlib'\?\)"),
-      ({"long_documents": "cut"}, r"data\.long_documents is 'cut'; use one of"),
-      ({"empty_documents": "skp"}, "did you mean 'skip'"),
+      ({"name": "sdtlib"}, r"data\.name 'sdtlib': did you mean stdlib"),
+      ({"long_documents": "cut"}, r"data\.long_documents 'cut' \(allowed: split"),
+      ({"empty_documents": "skp"}, "did you mean skip"),
       ({"tokens_per_row": 1}, "a row needs 2 tokens or more, got 1"),
       ({"holdout": 1.0}, r"data\.holdout must be in"),
       ({"long_documents": "refuse"}, r"document 13\.txt has 86 tokens.* 32 of"),

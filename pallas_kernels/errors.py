@@ -1,4 +1,7 @@
-"""One way to say that a name is not among those allowed."""
+"""One way to say that a name is not among those allowed.
+
+It stands here because this is the folder that all others may import.
+"""
 
 import difflib
 from collections.abc import Iterable
