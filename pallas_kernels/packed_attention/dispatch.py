@@ -9,11 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from adaptax.pallas_kernels.packed_attention import groups, reference, tpu, xla
 
-BACKENDS = ("auto", "reference", "xla", "tpu")
-# The longest row for which one dense product beats a loop over blocks, and
-# the loop's block length.
-DENSE_TOKENS = {"cpu": 128, "gpu": 1024}
-XLA_BLOCK = {"cpu": 64, "gpu": 512}
+_MODULES = {"reference": reference, "xla": xla, "tpu": tpu}
+BACKENDS = ("auto", *_MODULES)
 
 
 class Options(NamedTuple):
@@ -27,14 +24,19 @@ class Options(NamedTuple):
   row: int
 
 
-def _tpu_blocks(options, q, k):
-  heads, tokens, dim = q.shape
-  block_q, block_kv = tpu.default_blocks(heads, k.shape[0], tokens, dim)
-  return options.block_q or block_q, options.block_kv or block_kv
+def _blocks(options, backend, platform, q, k):
+  """Block lengths, as the caller gave them or as the backend likes them."""
+  if backend == "tpu":
+    heads, tokens, dim = q.shape
+    defaults = tpu.default_blocks(heads, k.shape[0], tokens, dim)
+  else:
+    defaults = (xla.default_block(options.row, platform),) * 2
+  return options.block_q or defaults[0], options.block_kv or defaults[1]
 
 
 def _tpu_problem(options, q, k):
-  return tpu.problem(*q.shape[1:], *_tpu_blocks(options, q, k))
+  blocks = _blocks(options, "tpu", "tpu", q, k)
+  return tpu.problem(*q.shape[1:], *blocks)
 
 
 def check(options, q, k):
@@ -56,44 +58,27 @@ def _choose(options, platform, q, k):
     return options.backend
   if platform == "tpu" and not _tpu_problem(options, q, k):
     return "tpu"
-  dense = options.row <= DENSE_TOKENS.get(platform, 0)
+  if platform == "cpu":
+    dense = options.row <= 128
+  else:
+    # A loop keeps a GPU less busy, so afford up to 256 MB of scores.
+    dense = q.shape[0] * q.shape[1] * options.row <= 1 << 26
   return "reference" if dense else "xla"
-
-
-def _on_tpu(name, options, interpret, start, stop, degree, q, k, *arrays):
-  block_q, block_kv = _tpu_blocks(options, q, k)
-  return getattr(tpu, name)(
-    start,
-    stop,
-    degree,
-    q,
-    k,
-    *arrays,
-    scale=options.scale,
-    softcap=options.softcap,
-    block_q=block_q,
-    block_kv=block_kv,
-    interpret=interpret,
-  )
 
 
 def _on_platform(name, options, platform, start, stop, degree, q, k, *arrays):
   """Runs the pass `name`, "forward" or "backward", where `platform` is best."""
-  backend = _choose(options, platform, q, k)
-  arrays = (q, k, *arrays)
+  backend, arrays = _choose(options, platform, q, k), (q, k, *arrays)
+  settings = {"scale": options.scale, "softcap": options.softcap}
+  if backend != "reference":
+    blocks = _blocks(options, backend, platform, q, k)
+    settings |= zip(("block_q", "block_kv"), blocks)
+  run = functools.partial(getattr(_MODULES[backend], name), **settings)
   if backend == "tpu":
     interpret = platform != "tpu"
-    return _on_tpu(name, options, interpret, start, stop, degree, *arrays)
-  settings = {"scale": options.scale, "softcap": options.softcap}
-  if backend == "xla":
-    block = XLA_BLOCK.get(platform, XLA_BLOCK["gpu"])
-    settings["block_q"] = options.block_q or block
-    settings["block_kv"] = options.block_kv or block
-    run = functools.partial(getattr(xla, name), **settings)
-  else:
-    run = functools.partial(getattr(reference, name), **settings)
-    if options.row <= q.shape[1]:
-      run = functools.partial(groups.by_row, run, options.row)
+    return run(start, stop, degree, *arrays, interpret=interpret)
+  if backend == "reference" and options.row <= q.shape[1]:
+    run = functools.partial(groups.by_row, run, options.row)
   return groups.by_degree(run, start, degree, *arrays)
 
 

@@ -10,6 +10,18 @@ import jax.numpy as jnp
 from adaptax.pallas_kernels.packed_attention.reference import MASKED
 
 
+def default_block(row, platform):
+  """Small blocks skip more, large ones keep a GPU or all cores busy.
+
+  Args:
+    row: tokens of the longest stretch that one document can span.
+    platform: "cpu" or another.
+  """
+  if platform != "cpu":
+    return 512
+  return 64 if row <= 1024 else 128
+
+
 def _dot(a, b, axis_a, axis_b):
   """Batched over the KV heads, float32 result."""
   dims = (((axis_a,), (axis_b,)), ((0,), (0,)))

@@ -129,6 +129,16 @@ def test_segments_cover_each_range_once(capacity, used):
     assert count * length == len(ranges)
 
 
+@pytest.mark.parametrize("platform", ["cuda", "cpu"])
+def test_other_platforms_loop_over_blocks(platform):
+  q, k = np.zeros((1, 4096, 8, 64)), np.zeros((1, 4096, 4, 64))
+  start = np.zeros((1, 4096), np.int32)
+  traced = jax.jit(lib.packed_attention).trace(q, k, k, start)
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert "tpu_custom_call" not in text
+  assert "4096x4096" not in text and "while" in text
+
+
 CHIPS = {
   "v5e:2x2": ("qwen2.5_0.5b", 4096),
   "v5p:2x2x1": ("llama3_8b", 32768),
