@@ -36,7 +36,7 @@ def _blocks(options, backend, platform, q, k):
 
 def _tpu_problem(options, q, k):
   blocks = _blocks(options, "tpu", "tpu", q, k)
-  return tpu.problem(*q.shape[1:], *blocks)
+  return tpu.problem(q.shape[0] // k.shape[0], *q.shape[1:], *blocks)
 
 
 def check(options, q, k):

@@ -18,20 +18,26 @@ from adaptax.pallas_kernels.packed_attention.reference import MASKED
 
 # Query rows (G * block_q) and keys of a block by head size.
 BLOCKS = {64: (1024, 512), 96: (1024, 512), 128: (1024, 512), 256: (512, 512)}
+# Query heads a KV head that fit VMEM at 128 queries.
+GROUPS = 32
 # Segments of the work list: two int32 lists of this length must fit SMEM.
 CAPACITY = 1 << 14
 
 
 def default_blocks(heads, kv_heads, tokens, dim):
   """Block lengths (block_q, block_kv) that divide `tokens`."""
+  groups = heads // kv_heads
   rows, keys = BLOCKS.get(dim, BLOCKS[256])
-  rows = max(128, rows * kv_heads // heads)
+  # With many query heads a KV head, 128 queries may be more rows than `rows`.
+  keys = max(128, keys * rows // max(rows, groups * 128))
   fit = lambda size: math.gcd(1 << (size.bit_length() - 1), tokens)
-  return fit(rows), fit(keys)
+  return fit(max(128, rows // groups)), fit(keys)
 
 
-def problem(tokens, dim, block_q, block_kv):
+def problem(groups, tokens, dim, block_q, block_kv):
   """Why the kernels cannot take these sizes; None if they can."""
+  if groups > GROUPS:
+    return f"at most {GROUPS} query heads can share a KV head, got {groups}"
   if dim not in BLOCKS:
     return f"head size must be one of {list(BLOCKS)}, got {dim}"
   for name, size in (("block_q", block_q), ("block_kv", block_kv)):

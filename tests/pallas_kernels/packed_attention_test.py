@@ -202,13 +202,16 @@ def test_remat_policy_keeps_the_forward_from_being_repeated():
   names = "attention_out", "attention_lse"
   policy = jax.checkpoint_policies.save_only_these_names(*names)
 
-  def products(policy):
+  def loss(q, k, v, policy):
     @functools.partial(jax.checkpoint, policy=policy)
     def layer(q, _):
       return lib.packed_attention(jnp.sin(q), k, v, start), None
 
-    loss = lambda q: jax.lax.scan(layer, q, length=2)[0].sum()
-    text = jax.jit(jax.grad(loss)).lower(q).as_text()
+    return jax.lax.scan(layer, q, length=2)[0].sum()
+
+  def products(policy):
+    grads = jax.grad(functools.partial(loss, policy=policy), (0, 1, 2))
+    text = jax.jit(grads).lower(q, k, v).as_text()
     return text.count("stablehlo.dot_general")
 
   # Two products forward and five backward; repeating adds two.
