@@ -12,26 +12,20 @@ still go on.
 import json
 import pathlib
 import sys
-import tempfile
 from typing import Any
 
-import jax
 from absl import app, flags
-from flax import nnx
 
-from adaptax.experiments import config as configs
-from adaptax.experiments.checkpoints import Checkpoints
-from adaptax.experiments.fingerprint import fingerprint
-from adaptax.experiments.run import Run
+from adaptax.experiments.restore import read
 from adaptax.experiments.weights import gguf
 from adaptax.experiments.weights.hf_folder import check_target
 from adaptax.experiments.weights.peft import save_adapter
 from adaptax.experiments.weights.pretrained import HUB, save_pretrained
 from adaptax.layers.adapters import merge
-from adaptax.parallel import flat_mesh
 
+# Other binaries have it too, and tests import several of them.
 WORKDIR = flags.DEFINE_string(
-  "workdir", None, "The run; its newest checkpoint."
+  "workdir", None, "The run; its newest checkpoint.", allow_override=True
 )
 CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "One checkpoint of a run, WORKDIR/checkpoints/STEP."
@@ -83,55 +77,6 @@ def export(
   if kind != "peft":
     save_pretrained(merged, merge(model), **companions(source))
     print(f"merged     {merged}")
-
-
-def read(
-  root: pathlib.Path, steps: list[pathlib.Path] | None = None
-) -> tuple[Run, nnx.Module]:
-  """Returns a run and its model, as saved in the newest of some checkpoints.
-
-  Args:
-    root: the work dir of the run.
-    steps: folders of checkpoints; None means all.
-
-  Raises:
-    FileNotFoundError: no run or no checkpoint there.
-    ValueError: the base model is no longer the one that the run adapted.
-  """
-  if not (root / "config.json").exists():
-    raise FileNotFoundError(f"{root} is no run: it has no config.json")
-  config = configs.from_json((root / "config.json").read_text("utf-8"))
-  if steps is None:
-    steps = sorted((root / "checkpoints").glob("[0-9]*"))
-  devices = jax.devices()
-  if config.plan.rows % len(devices):
-    devices = devices[:1]
-  run = Run(config, flat_mesh(devices))
-  frozen = run.model.materialise()[1]
-  state, meta = _restore(run, steps)
-  if meta["frozen"] != fingerprint(frozen):
-    raise ValueError(
-      f"the weights of model {config.model.name!r} are not those that the run"
-      f" in {root} adapted"
-    )
-  return run, run.module(state["trainable"], frozen)
-
-
-def _restore(run: Run, steps: list[pathlib.Path]) -> tuple[Any, dict]:
-  # Links, because opening the run's own folder tidies it, which only the run
-  # itself may do.
-  with tempfile.TemporaryDirectory() as view:
-    for step in steps:
-      if step.name.isdigit() and step.is_dir():
-        (pathlib.Path(view) / step.name).symlink_to(step.absolute())
-    with Checkpoints(view, every=1, keep=len(steps) + 1) as checkpoints:
-      found = checkpoints.restore(run.state)
-  if found is None:
-    where = steps[0] if len(steps) == 1 else "the work dir"
-    raise FileNotFoundError(f"no good checkpoint in {where}")
-  newest, state, meta = found
-  print(f"checkpoint step {newest}")
-  return state, meta
 
 
 def companions(source: pathlib.Path | None) -> dict[str, Any]:
