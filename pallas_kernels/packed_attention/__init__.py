@@ -20,7 +20,7 @@ __all__ = ["BACKENDS", "group_attention", "key_blocks", "packed_attention"]
 
 
 def _check_shapes(q, k, v, layout):
-  """Raises ValueError unless q, k and v have `layout` and their heads match."""
+  """Raises ValueError unless q, k and v have `layout` and fit one another."""
   axis = layout.index("H")
   if q.ndim != len(layout):
     raise ValueError(f"q must have axes ({', '.join(layout)}), got {q.shape}")
@@ -31,6 +31,10 @@ def _check_shapes(q, k, v, layout):
     raise ValueError(
       f"k and v must be {expected} to fit q {q.shape}, got {k.shape} and"
       f" {v.shape}"
+    )
+  if not q.dtype == k.dtype == v.dtype:
+    raise ValueError(
+      f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
     )
   if not k.shape[axis] or q.shape[axis] % k.shape[axis]:
     raise ValueError(
@@ -73,8 +77,8 @@ def group_attention(
   """Attention of one device's share of heads over its group's packed buffer.
 
   Only the output and its log-sum-exp are kept for the backward pass, under the
-  checkpoint names "attention_out" and "attention_lse". In jax.shard_map it needs
-  check_vma=False, as Pallas does.
+  checkpoint names "attention_out" and "attention_lse". As Pallas does, it needs
+  check_vma=False in jax.shard_map.
 
   Args:
     q: (H, T, D); row = source_device_in_group * (H // degree) + local_head.
@@ -102,10 +106,11 @@ def group_attention(
   _check_shapes(q, k, v, ("H", "T", "D"))
   _check_group(q, k, start, stop, degree)
   tokens = q.shape[1]
-  most = groups.degrees(start.shape[0] // tokens, k.shape[0])[-1]
+  most = groups.degrees(start.shape[0] // tokens, k.shape[0])[-1] * tokens
   options = dispatch.Options(
-    scale, softcap, backend, block_q, block_kv, row=most * tokens
+    scale, softcap, backend, block_q, block_kv, row=most
   )
+  start, stop = start[:most], stop[:most]
   return _attend(options, q, k, v, start, stop, degree, window)
 
 

@@ -211,6 +211,8 @@ def _call(kernel, shape, bounds, degree, inputs, outputs, scratch, **settings):
   ranges = schedule.key_range if by_query else schedule.query_range
   first, last = ranges(bounds, block_q, block_kv)
   size, other = (block_q, block_kv) if by_query else (block_kv, block_q)
+  # A `stop` beyond the group must not become an address beyond the array.
+  last = jnp.minimum(last, degree * (shape[2] // other) - 1)
   most = first.shape[0] * (bounds.shape[0] // other)
   block, begin, count, length = schedule.segments(
     first,

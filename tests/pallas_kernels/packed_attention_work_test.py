@@ -43,10 +43,11 @@ def count(monkeypatch):
     monkeypatch.setattr(module, "_scores", counted)
 
   def run(function, *args):
-    calls.clear()
-    jax.block_until_ready(function(*args))
     jax.effects_barrier()
-    return len(calls)
+    calls.clear()
+    results = jax.block_until_ready(function(*args))
+    jax.effects_barrier()
+    return results, len(calls)
 
   return run
 
@@ -67,6 +68,16 @@ BLOCKS = {"block_q": 16, "block_kv": 8}
 KERNEL = {"scale": 1.0, "softcap": None, "interpret": True, **BLOCKS}
 
 
+@jax.jit
+def reference(start, stop, degree, q, k, v):
+  """Output, and the gradients for the output gradient q."""
+  attend = lambda q, k, v: lib.group_attention(
+    q, k, v, start, stop, degree, scale=1.0, backend="reference"
+  )
+  out, pull = jax.vjp(attend, q, k, v)
+  return out, pull(q)
+
+
 def test_forward_kernel_runs_the_key_blocks_of_the_formula(count):
   run = jax.jit(functools.partial(tpu.forward, **KERNEL))
   for degree, lengths in PACKINGS:
@@ -74,19 +85,23 @@ def test_forward_kernel_runs_the_key_blocks_of_the_formula(count):
     formula = lib.key_blocks(operands[0], degree, T, **BLOCKS)
     assert formula == len(pairs(*bounds, degree * T, 16, 8))
     local_heads = 4 // degree
-    assert count(run, *operands) == local_heads * formula
-  assert run._cache_size() == 1
+    (out, _), calls = count(run, *operands)
+    assert calls == local_heads * formula
+    np.testing.assert_allclose(out, reference(*operands)[0], atol=1e-5)
 
 
-def test_backward_kernels_run_each_pair_once_each(count):
+def test_backward_kernels_run_each_pair_once_each(count, monkeypatch):
+  # With room for few segments they are longer than a step, and some idle.
+  monkeypatch.setattr(tpu, "CAPACITY", 1)
+  forward = jax.jit(functools.partial(tpu.forward, **KERNEL))
   run = jax.jit(functools.partial(tpu.backward, **KERNEL))
   for degree, lengths in PACKINGS:
     operands, bounds = inputs(degree, lengths)
-    q, local_heads = operands[3], 4 // degree
-    kernels = 2 * local_heads
-    expected = kernels * len(pairs(*bounds, degree * T, 16, 8))
-    lse = np.zeros(q.shape[:2], np.float32)
-    assert count(run, *operands, q, lse, q) == expected
+    q, kernels = operands[3], 2 * (4 // degree)
+    grads, calls = count(run, *operands, *forward(*operands), q)
+    assert calls == kernels * len(pairs(*bounds, degree * T, 16, 8))
+    for actual, expected in zip(grads, reference(*operands)[1]):
+      np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 def test_loop_runs_the_key_blocks_of_the_formula(count):
@@ -98,7 +113,7 @@ def test_loop_runs_the_key_blocks_of_the_formula(count):
   for degree, lengths in PACKINGS:
     operands, _ = inputs(degree, lengths)
     formula = lib.key_blocks(operands[0], degree, T, **BLOCKS)
-    assert count(run, *operands) == formula
+    assert count(run, *operands)[1] == formula
 
 
 def test_window_shortens_the_work():
