@@ -162,7 +162,6 @@ CHIPS = {
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("libtpu")
 @pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason="libtpu is not installed: pip install libtpu",
