@@ -5,6 +5,7 @@ from typing import Any
 from adaptax.experiments.config import Section
 from adaptax.experiments.data import SOURCES
 from adaptax.experiments.models import MODELS
+from adaptax.experiments.plans import PLANS
 from adaptax.layers.adapters import ADAPTERS
 from adaptax.optim import BATCH_SIZES, OPTIMIZERS
 
@@ -23,16 +24,6 @@ def data_source(
   empty_documents: str = "skip",
 ) -> dict[str, Any]:
   """Returns the arguments of `data.load`, the same for every source."""
-  return locals()
-
-
-def pack(*, tokens: int = 256, rows: int = 1) -> dict[str, int]:
-  """Packs documents into rows.
-
-  Args:
-    tokens: tokens of a row, T.
-    rows: rows of a micro-batch, over all devices.
-  """
   return locals()
 
 
@@ -56,7 +47,7 @@ REGISTRIES: dict[str, Any] = {
     },
   ),
   "batch_size": Section(parts=BATCH_SIZES),
-  "plan": Section(parts={"pack": pack}),
+  "plan": Section(parts=PLANS, supplied=("devices", "heads")),
   "checkpoint": Section(keys={"every": 100, "keep": 2}),
   "eval": Section(keys={"every": 0, "windows": 16}),
   "profile": Section(keys={"start": 0, "steps": 0}),

@@ -38,7 +38,7 @@ def read(
     steps = sorted((root / "checkpoints").glob("[0-9]*"))
   if devices is None:
     devices = jax.devices()
-    if config.plan.rows % len(devices):
+    if config.plan.get("rows", len(devices)) % len(devices):
       devices = devices[:1]
   run = Run(config, flat_mesh(devices))
   frozen = run.model.materialise()[1]

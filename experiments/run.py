@@ -14,8 +14,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from adaptax.experiments import attention, models
 from adaptax.experiments import config as configs
+from adaptax.experiments import models
 from adaptax.experiments.registry import REGISTRIES
 from adaptax.experiments.step import make_eval_step, make_train_step
 from adaptax.optim import decayed, schedule
@@ -31,6 +31,7 @@ class Run:
     config: the complete config.
     mesh: all devices on one axis.
     source: the model before adapters.
+    plan: how documents become micro-batches.
     model: structure and abstract arrays; `model.materialise()` makes them.
     learning_rate: schedule, as a function of the step.
     optimizer: the transform with that schedule.
@@ -38,15 +39,15 @@ class Run:
 
   def __init__(self, config: Any, mesh: Mesh):
     """Raises ValueError or OSError where the user has to change something."""
-    rows = config.plan.rows
-    if rows < 1 or rows % mesh.size:
-      raise ValueError(
-        f"plan.rows {rows} is not a positive multiple of the {mesh.size}"
-        " devices"
-      )
     self.config = config
     self.mesh = mesh
     self.source = configs.build(config.model, REGISTRIES["model"])
+    self.plan = configs.build(
+      config.plan,
+      REGISTRIES["plan"],
+      devices=mesh.size,
+      heads=self.source.config.num_heads,
+    )
     self.model = models.plan(
       self.source, adapter_rules(config.adapter), seed=config.seed, mesh=mesh
     )
@@ -83,7 +84,7 @@ class Run:
     step = make_train_step(
       self.model.split.train,
       self.optimizer,
-      attention.PLANS[c.plan.name](self.mesh),
+      self.plan.attention(self.mesh),
       seed=c.seed,
       chunk=c.loss_chunk or None,
       find_nonfinite=c.find_nonfinite,
@@ -94,14 +95,21 @@ class Run:
   def eval_step(self):
     """Jitted `(trainable, frozen, batch) -> (summed loss, weight)`."""
     c = self.config
-    attend = attention.PLANS[c.plan.name](self.mesh)
     return jax.jit(
-      make_eval_step(self.model.split.eval, attend, c.loss_chunk or None)
+      make_eval_step(
+        self.model.split.eval,
+        self.plan.attention(self.mesh),
+        c.loss_chunk or None,
+      )
     )
 
   def place_batch(self, arrays: dict[str, np.ndarray]) -> Tree:
-    """Cuts host arrays (..., rows, T) by row over the devices."""
-    sharding = by_row(self.mesh, next(iter(arrays.values())).ndim - 2)
+    """Cuts host arrays by row over the devices.
+
+    Args:
+      arrays: (micro_batches, rows, ...), or (rows, ...) to evaluate.
+    """
+    sharding = by_row(self.mesh, arrays["tokens"].ndim - 2)
     return place(arrays, dict.fromkeys(arrays, sharding))
 
 

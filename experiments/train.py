@@ -97,7 +97,7 @@ def load_data(run: Run) -> data.Data:
   return data.load(
     name=run.config.data.name,
     tokenizer=tokenizer,
-    tokens_per_row=run.config.plan.tokens,
+    tokens_per_row=run.plan.longest,
     **section,
   )
 
@@ -109,8 +109,8 @@ def train(run: Run, corpus: data.Data, workdir: pathlib.Path) -> int:
   trainable, frozen = run.model.materialise()
   proof = fingerprint(frozen)
   state = run.initial_state(trainable)
-  batches = corpus.train_batches(
-    rows=c.plan.rows, micro_batches=c.batch_size.micro_batches, seed=c.seed
+  batches = run.plan.train_batches(
+    corpus, micro_batches=c.batch_size.micro_batches, seed=c.seed
   )
   first = 0
   with (
@@ -169,10 +169,8 @@ class Evaluation:
   """The mean held-out loss in nats a token, over the same windows each time."""
 
   def __init__(self, run: Run, corpus: data.Data, frozen: Any):
-    batches = corpus.eval_batches(
-      rows=run.config.plan.rows, limit=run.config.eval.windows
-    )
-    self._batches = [run.place_batch(batch.arrays) for batch in batches]
+    batches = run.plan.eval_batches(corpus, run.config.eval.windows)
+    self._batches = [run.place_batch(arrays) for arrays in batches]
     self._step, self._frozen = run.eval_step(), frozen
 
   def __call__(self, trainable: Any) -> float | None:

@@ -5,6 +5,7 @@ if not __name__.startswith("adaptax."):
 
 from adaptax.parallel.attention import EXECUTORS, make_attend, static_degree
 from adaptax.parallel.layout import Layout, exchange_limit
+from adaptax.parallel.placement import Placement, widest_degree
 from adaptax.parallel.sharding import (
   AXIS,
   by_row,
@@ -19,6 +20,7 @@ __all__ = [
   "AXIS",
   "EXECUTORS",
   "Layout",
+  "Placement",
   "by_row",
   "exchange_limit",
   "flat_mesh",
@@ -28,4 +30,5 @@ __all__ = [
   "place",
   "shard_model",
   "static_degree",
+  "widest_degree",
 ]

@@ -155,10 +155,26 @@ def train_batches(
     arrays = {name: value.reshape(shape) for name, value in flat.items()}
     return Batch(arrays, _lengths(pieces))
 
-  chosen = GlobalBatches(corpus, lambda: Rows(total, size), seed=seed)
+  room = lambda: Rows(total, size)
+  return endless(corpus, room, layout, seed=seed, prefetch=prefetch)
+
+
+def endless(
+  corpus: Corpus,
+  room: Callable[[], Room],
+  lay_out: Callable[[list[Piece]], Batch],
+  *,
+  seed: int,
+  prefetch: int = 2,
+) -> grain.DatasetIterator[Batch]:
+  """Endless epochs of what fits `room()`, laid out ahead of time in a thread.
+
+  `get_state` gives JSON data that `set_state` resumes from bit for bit.
+  """
+  chosen = GlobalBatches(corpus, room, seed=seed).map(lay_out)
   return iter(
     grain.experimental.ThreadPrefetchIterDataset(
-      chosen.map(layout), prefetch_buffer_size=prefetch
+      chosen, prefetch_buffer_size=prefetch
     )
   )
 
