@@ -111,17 +111,17 @@ class Plan(NamedTuple):
 
 
 def plan(
-  source: Source, rules: Mapping[str, Any], *, seed: int, mesh: Mesh
+  source: Source, rules: Mapping[str, Any], *, key: jax.Array, mesh: Mesh
 ) -> Plan:
   """Plans a model with its adapters on a mesh; shapes first, arrays later.
 
   Args:
     source: the bare model.
     rules: those of `adapt`, none for a model that is trained whole.
-    seed: of the initial values.
+    key: of the initial values.
     mesh: one flat axis of devices.
   """
-  parameters, adapters = jax.random.split(jax.random.key(seed))
+  parameters, adapters = jax.random.split(key)
 
   def make(weights):
     model = Decoder(source.config, rngs=nnx.Rngs(parameters))

