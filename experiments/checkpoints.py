@@ -24,12 +24,10 @@ from jax.experimental import multihost_utils
 from adaptax.experiments.fingerprint import by_path, fingerprint
 
 _ORBAX = os.path.dirname(ocp.__file__)
-# Trouble of this machine, not of the files: setting these aside helps nobody.
-_NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
 
 
-class CheckpointError(RuntimeError):
-  """A checkpoint could not be written; the ones before it are untouched."""
+class CheckpointError(OSError):
+  """A checkpoint could not be written, or none could be read."""
 
 
 class MismatchError(ValueError):
@@ -50,7 +48,7 @@ class Checkpoints:
 
   Every checkpoint carries the fingerprint of its leaves. One that does not
   read back as it was written is moved to `damaged-<step>`, and the one before
-  it serves.
+  it serves. Where none is left, the run does not start over by itself.
 
   With several processes, every process calls every method with the same
   arguments, the directory is shared, and leaves are global arrays; process 0
@@ -133,7 +131,7 @@ class Checkpoints:
     try:
       self._manager.save(step, args=args, force=True)
     except Exception as error:
-      raise self._failure(error) from error
+      raise self._failure("save a checkpoint", error) from error
 
   def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
     """Reads the newest good checkpoint: (step, state, meta), None without one.
@@ -144,12 +142,20 @@ class Checkpoints:
 
     Raises:
       MismatchError: the newest checkpoint holds other leaves.
+      CheckpointError: there were checkpoints, but all are damaged; or the
+        machine, not a file, is why the newest cannot be read.
     """
     while (step := self.latest_step()) is not None:
       try:
         return step, *self._read(step, abstract)
       except _DamageError as error:
         self._set_aside(step, error)
+    root = self._manager.directory
+    if damaged := sorted(path.name for path in root.glob("damaged-*")):
+      raise CheckpointError(
+        f"no checkpoint in {root} reads back (set aside: {', '.join(damaged)});"
+        " remove what is set aside to start over"
+      )
     return None
 
   def close(self) -> None:
@@ -160,7 +166,7 @@ class Checkpoints:
       finally:
         self._manager.close()
     except Exception as error:
-      raise self._failure(error) from error
+      raise self._failure("save a checkpoint", error) from error
 
   def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
     record = _unseal(self._fetch(step, meta=ocp.args.JsonRestore()).meta)
@@ -188,13 +194,13 @@ class Checkpoints:
     with _muted_coroutines():
       try:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
-      except _NOT_DAMAGE:
-        raise
       except Exception as error:
-        damage = _DamageError(_one_line(error))
+        problem: Exception = self._failure(f"read checkpoint {step}", error)
+        if _is_damage(error):
+          problem = _DamageError(_one_line(error))
       time.sleep(0.2)
       gc.collect()
-    raise damage
+    raise problem
 
   def _set_aside(self, step: int, error: Exception) -> None:
     root, primary = self._manager.directory, jax.process_index() == 0
@@ -217,10 +223,9 @@ class Checkpoints:
         "and no other is left" if older is None else f"going back to {older}",
       )
 
-  def _failure(self, error: Exception) -> CheckpointError:
+  def _failure(self, deed: str, error: Exception) -> CheckpointError:
     return CheckpointError(
-      f"cannot save a checkpoint in {self._manager.directory}:"
-      f" {_one_line(error)}"
+      f"cannot {deed} in {self._manager.directory}: {_one_line(error)}"
     )
 
 
@@ -254,6 +259,15 @@ def _muted_coroutines():
       yield
   finally:
     sys.unraisablehook, log.disabled = hook, False
+
+
+def _is_damage(error: Exception) -> bool:
+  """Whether the files are bad, and not the machine that reads them."""
+  if isinstance(error, FileNotFoundError):
+    return True
+  machine = (OSError, MemoryError, jax.errors.JaxRuntimeError)
+  # All that TensorStore raises is a ValueError.
+  return not isinstance(error, machine) and "os_error_code=" not in str(error)
 
 
 def _kind(leaf) -> str:

@@ -3,6 +3,7 @@
 The worker processes of the tests are this file run as a script.
 """
 
+import errno
 import json
 import os
 import pathlib
@@ -305,15 +306,26 @@ class TestDamage:
       assert _names(tmp_path) == ["10", "20", *expected]
       _assert_is_step(_restore(tmp_path), 20, _mesh())
 
-  def test_nothing_is_left_when_all_are_damaged(self, good, tmp_path, caplog):
+  def test_a_run_does_not_start_over_when_all_are_damaged(
+    self, good, tmp_path, caplog
+  ):
     shutil.copytree(good, tmp_path, dirs_exist_ok=True)
     for step in ("10", "20"):
       shutil.rmtree(tmp_path / step / "state")
-    assert _restore(tmp_path) is None
-    assert _names(tmp_path) == ["damaged-10", "damaged-20"]
+    for _ in range(2):  # Nor when it is run again.
+      with pytest.raises(CheckpointError) as caught:
+        _restore(tmp_path)
+      assert str(caught.value) == (
+        f"no checkpoint in {tmp_path} reads back (set aside: damaged-10,"
+        " damaged-20); remove what is set aside to start over"
+      )
+      assert _names(tmp_path) == ["damaged-10", "damaged-20"]
     first, second = (record.getMessage() for record in caplog.records)
     assert first.endswith("going back to 10")
     assert second.endswith("no other is left")
+    for name in _names(tmp_path):
+      shutil.rmtree(tmp_path / name)
+    assert _restore(tmp_path) is None
 
   @pytest.mark.parametrize(
     ("change", "problem"),
@@ -365,16 +377,32 @@ class TestDamage:
       store.restore(abstract)
     assert _names(tmp_path) == ["10", "20"]
 
-  def test_a_refused_permission_is_no_damage(self, good, tmp_path, monkeypatch):
+  @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE])
+  def test_trouble_of_the_machine_is_no_damage(
+    self, good, tmp_path, monkeypatch, code
+  ):
     shutil.copytree(good, tmp_path, dirs_exist_ok=True)
     with Checkpoints(tmp_path, every=10, keep=3) as store:
 
       def refuse(*_, **__):
-        raise PermissionError("not yours")
+        raise OSError(code, os.strerror(code))
 
       monkeypatch.setattr(store._manager, "restore", refuse)
-      with pytest.raises(PermissionError):
+      problem = f"^cannot read checkpoint 20 in .* {os.strerror(code)}$"
+      with pytest.raises(CheckpointError, match=problem):
         store.restore(_abstract(_state(0, _mesh())))
+    assert _names(tmp_path) == ["10", "20"]
+
+  def test_what_the_system_refuses_tensorstore_is_no_damage(
+    self, good, tmp_path
+  ):
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("20/state/d/*"):
+      path.unlink()
+      path.symlink_to(path)
+    problem = "^cannot read checkpoint 20 in .* symbolic links"
+    with pytest.raises(CheckpointError, match=problem):
+      _restore(tmp_path)
     assert _names(tmp_path) == ["10", "20"]
 
 
