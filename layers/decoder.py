@@ -25,6 +25,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_SIZES = (
+  "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+  "num_kv_heads", "head_dim", "context",
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -51,8 +57,9 @@ class DecoderConfig:
     logit_softcap: c in c * tanh(logits / c), or None.
     attention_softcap: the same for attention scores.
     sliding_window: a query sees this many latest keys, itself included.
-    dtype: of activations and matrix products.
-    param_dtype: of the stored weights.
+    dtype: of activations and matrix products: float32, bfloat16, float16 or
+      float64.
+    param_dtype: of the stored weights, one of the same.
     remat: `none` or a key of `layers.stack.REMAT_POLICIES`.
     scan_layers: False unrolls the blocks in Python; the state is the same.
   """
@@ -83,8 +90,11 @@ class DecoderConfig:
   scan_layers: bool = True
 
   def __post_init__(self):
-    if not self.head_dim:
+    if not self.head_dim and self.num_heads:
       object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+    for name in _SIZES:
+      if (size := getattr(self, name)) < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"num_kv_heads {self.num_kv_heads} does not divide num_heads"
@@ -92,6 +102,9 @@ class DecoderConfig:
       )
     if self.activation not in ACTIVATIONS:
       raise unknown_name("activation", self.activation, ACTIVATIONS)
+    for name in ("dtype", "param_dtype"):
+      if (dtype := getattr(self, name)) not in _DTYPES:
+        raise unknown_name(name, dtype, _DTYPES)
     if self.remat not in ("none", *REMAT_POLICIES):
       raise unknown_name("remat", self.remat, ("none", *REMAT_POLICIES))
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adaptax.pallas_kernels.errors import unknown_name
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -32,9 +34,7 @@ class RopeScaling:
 
   def __post_init__(self):
     if self.kind not in ("linear", "llama3"):
-      raise ValueError(
-        f"unknown RoPE scaling {self.kind!r}: use linear or llama3"
-      )
+      raise unknown_name("RoPE scaling", self.kind, ("linear", "llama3"))
 
 
 def frequencies(

@@ -65,7 +65,8 @@ def adapt(model: Any, rules: Mapping[str, Factory], *, rngs: nnx.Rngs) -> Any:
     rngs: source of the adapters' initial values.
 
   Raises:
-    ValueError: if a rule matches no linear map (the error lists close paths).
+    ValueError: if a rule is no regular expression or matches no linear map
+      (the error lists close paths).
   """
 
   def make(rule, base, size):
@@ -97,7 +98,8 @@ def replace_linear(
     make: from the rule, the map and its stack size to what takes its place.
 
   Raises:
-    ValueError: if a rule matches no linear map, or `make` raises it.
+    ValueError: if a rule is no regular expression or matches no linear map,
+      or `make` raises it.
   """
   model = nnx.clone(model)
   targets = list(_linear_maps(model))
@@ -168,8 +170,13 @@ def count(model: Any) -> Count:
 def find_rule(path: str, rules: Iterable[str]) -> str | None:
   """Returns the first rule that matches the path or its end, if any."""
   for rule in rules:
-    if re.fullmatch(rf"(?:.*/)?(?:{rule})", path):
-      return rule
+    try:
+      if re.fullmatch(rf"(?:.*/)?(?:{rule})", path):
+        return rule
+    except re.error as error:
+      raise ValueError(
+        f"rule {rule!r} is no regular expression: {error.msg}"
+      ) from None
   return None
 
 

@@ -82,6 +82,8 @@ def test_the_first_rule_that_matches_a_path_wins(model, rules, expected):
     (["norm"], "rule 'norm' matches no linear map"),
     (["layers/qq", "q"], "rule 'layers/qq' matches no linear map; close paths"
      ": layers/q"),
+    (["(q"], "rule '(q' is no regular expression: missing ), unterminated"),
+    ([".*", "(k"], "rule '(k' is no regular expression"),
     (["q", "layers/q"], "rule 'layers/q' has no effect: earlier rules match"
      " first wherever it matches"),
   ],

@@ -246,6 +246,16 @@ def test_the_hooks_of_a_sharding_scheme_are_applied(tiny):
   [
     ({"num_kv_heads": 3}, "num_kv_heads 3 does not divide num_heads 4"),
     ({"activation": "sillu"}, "unknown activation 'sillu': did you mean silu?"),
+    ({"num_kv_heads": 0}, "num_kv_heads must be at least 1, got 0"),
+    ({"num_heads": 0, "head_dim": 0}, "num_heads must be at least 1, got 0"),
+    ({"num_layers": -2}, "num_layers must be at least 1, got -2"),
+    ({"hidden_size": 3, "head_dim": 0}, "head_dim must be at least 1, got 0"),
+    (
+      {"dtype": "bfloat61"},
+      "unknown dtype 'bfloat61': did you mean bfloat16? (allowed: float32,"
+      " bfloat16, float16, float64)",
+    ),
+    ({"param_dtype": "int8"}, "unknown param_dtype 'int8' (allowed: float32,"),
     ({"remat": "ful"}, "unknown remat 'ful': did you mean full?"),
   ],
 )

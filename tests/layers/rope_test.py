@@ -85,5 +85,6 @@ def test_the_type_of_the_input_is_kept():
 
 
 def test_an_unknown_scaling_is_refused():
-  with pytest.raises(ValueError, match="unknown RoPE scaling 'yarn'"):
-    RopeScaling(kind="yarn")
+  message = "unknown RoPE scaling 'lama3': did you mean llama3"
+  with pytest.raises(ValueError, match=message):
+    RopeScaling(kind="lama3")
