@@ -1,12 +1,12 @@
 """Picks a backend for the target platform, and differentiates through it."""
 
-import difflib
 import functools
 from typing import NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from adaptax.pallas_kernels.errors import unknown_name
 from adaptax.pallas_kernels.packed_attention import groups, reference, tpu, xla
 
 _MODULES = {"reference": reference, "xla": xla, "tpu": tpu}
@@ -42,11 +42,7 @@ def _tpu_problem(options, q, k):
 def check(options, q, k):
   """Raises ValueError if the backend is unknown or cannot take the sizes."""
   if options.backend not in BACKENDS:
-    near = difflib.get_close_matches(options.backend, BACKENDS, 1, 0)[0]
-    raise ValueError(
-      f"unknown backend {options.backend!r}, did you mean {near!r}?"
-      f" One of {BACKENDS}"
-    )
+    raise unknown_name("backend", options.backend, BACKENDS)
   problem = _tpu_problem(options, q, k)
   if options.backend == "tpu" and problem:
     raise ValueError(f"backend 'tpu': {problem}")

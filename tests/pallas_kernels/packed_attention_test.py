@@ -223,7 +223,7 @@ def test_remat_policy_keeps_the_forward_from_being_repeated():
 @pytest.mark.parametrize(
   "change,message",
   [
-    ({"backend": "xls"}, "unknown backend 'xls', did you mean 'xla'"),
+    ({"backend": "xls"}, "unknown backend 'xls': did you mean xla"),
     ({"window": 0}, "window must be at least 1 token, got 0"),
     ({"backend": "tpu"}, "head size must be one of .* got 16"),
     ({"heads": 3}, "multiple of KV heads, got 3 and 2"),
