@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
   }
   config.optimizer = {
     "name": "adamw",
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-3,
     "schedule": "linear",
     "warmup": 5,
     "weight_decay": 0.0,
