@@ -31,11 +31,12 @@ _SUFFIXES = {
 _HARMLESS = {
   "auto_mapping", "base_model_name_or_path", "inference_mode",
   "megatron_core", "peft_version", "qalora_group_size", "revision",
-  "runtime_config", "target_modules", "task_type",
+  "runtime_config", "task_type",
 }  # fmt: skip
 _READ = {
   "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout",
-  "peft_type", "r", "rank_pattern", "use_dora", "use_rslora",
+  "peft_type", "r", "rank_pattern", "target_modules", "use_dora",
+  "use_rslora",
 }  # fmt: skip
 # Only the first two say something about the base of a trained adapter.
 _INITS = ("pissa", "olora", True, False, "gaussian", "orthogonal")
@@ -184,7 +185,8 @@ def load_adapter(
   rules = {}
   for path in MODULES:
     size = layers if path[0] == "layers" else None
-    if not tensors.keys().isdisjoint(_keys(path, "a", size)):
+    there = not tensors.keys().isdisjoint(_keys(path, "a", size))
+    if there or _is_target(raw, path, size):
       rules["/".join(path)] = _factory(raw, path, size)
   model = adapt(model, rules, rngs=rngs)
   for path, (lora, size) in _loras(model):
@@ -214,6 +216,15 @@ def _check(raw: Mapping[str, Any]) -> None:
     # PEFT's switches are off while false or empty, those to come included.
     if key not in known and value:
       raise ValueError(f"PEFT setting {key}={value!r} is not supported")
+
+
+def _is_target(raw: Mapping[str, Any], path: Path, size: int | None) -> bool:
+  """Whether the config wants any of the modules adapted, as PEFT reads it."""
+  targets = raw.get("target_modules") or ()
+  if isinstance(targets, str):
+    return any(re.fullmatch(targets, name) for name in _modules(path, size))
+  ends = tuple(f".{target}" for target in targets)
+  return any(f".{name}".endswith(ends) for name in _modules(path, size))
 
 
 def _factory(raw: Mapping[str, Any], path: Path, size: int | None):

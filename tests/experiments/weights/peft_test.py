@@ -122,6 +122,14 @@ _Q = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
     ),
     ({"r": 99}, "rank"),
     ({"use_dora": True}, "lora_magnitude_vector is missing"),
+    (
+      {"target_modules": ["q_proj", "v_proj", "o_proj"]},
+      r"layers\.0\.self_attn\.o_proj\.lora_A\.weight is missing",
+    ),
+    (
+      {"target_modules": r".*\.(q_proj|v_proj|up_proj)"},
+      r"layers\.0\.mlp\.up_proj\.lora_A\.weight is missing",
+    ),
   ],
 )
 def test_settings_that_are_not_supported_are_named(
