@@ -85,7 +85,7 @@ def load(
     path, glob: where the source looks; empty for its default.
     holdout: fraction of the documents that is held out, chosen by name.
     long_documents: 'split' those with more than T tokens, or 'refuse' them.
-    empty_documents: 'skip' them with a warning, or 'refuse' them.
+    empty_documents: 'skip' or 'refuse' them.
 
   Raises:
     ValueError: an argument, a file or a document is unfit; the message is one
@@ -98,7 +98,7 @@ def load(
   if tokens_per_row < 2:
     raise ValueError(f"a row needs 2 tokens or more, got {tokens_per_row}")
   source = SOURCES[name](path, glob)
-  corpus = documents.tokenize(
+  corpus, skipped = documents.tokenize(
     source.documents, tokenizer, empty=empty_documents
   )
   if long_documents == "refuse":
@@ -110,9 +110,14 @@ def load(
     f" out\ntokens a document: {documents.describe(corpus.lengths)};"
     f" {(corpus.lengths > tokens_per_row).sum()} are longer than a row"
   )
-  train, held_out = (
-    documents.cut(part, tokens_per_row) for part in (train, held_out)
-  )
+  pieces = [part.split(tokens_per_row) for part in (train, held_out)]
+  train, held_out = map(documents.with_targets, pieces)
+  useless = sum(map(len, pieces)) - len(train) - len(held_out)
+  if skipped or useless:
+    summary += (
+      f"\nleft out: {skipped} empty documents, {useless} pieces without a token"
+      " to predict"
+    )
   if not len(train):
     raise ValueError("no training document has a token to predict")
   return Data(train, held_out, tokens_per_row, summary)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from absl import logging
 
 from adaptax.experiments.data.sources import Document
 from adaptax.experiments.data.tokenizers import Tokenizer
@@ -82,20 +81,16 @@ class Corpus:
     return dataclasses.replace(self, names=tuple(names), lengths=lengths)
 
 
-def cut(corpus: Corpus, budget: int) -> Corpus:
-  """Pieces of at most `budget` tokens, without those that teach nothing.
+def with_targets(pieces: Corpus) -> Corpus:
+  """The pieces that teach something.
 
   A piece of a long prompt, or of a single token, has no token to predict, and
   a batch of nothing else would have no loss.
   """
-  pieces = corpus.split(budget)
   starts = np.cumsum(pieces.lengths) - pieces.lengths
   targets = pieces.loss.copy()
   targets[starts] = False
-  useful = np.logical_or.reduceat(targets, starts)
-  if not useful.all():
-    logging.info("Left out %d pieces without a target.", (~useful).sum())
-  return pieces.select(useful)
+  return pieces.select(np.logical_or.reduceat(targets, starts))
 
 
 def hold_out(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
@@ -148,12 +143,15 @@ def describe(lengths: np.ndarray) -> str:
 
 def tokenize(
   documents: Iterable[Document], tokenizer: Tokenizer, *, empty: str = "skip"
-) -> Corpus:
+) -> tuple[Corpus, int]:
   """Encodes all documents, framed by the tokenizer's begin and end ids.
 
   Args:
-    empty: what to do with a document that has nothing to learn: 'skip' it
-      with a warning, or 'refuse'.
+    empty: what to do with a document that has nothing to learn: 'skip' or
+      'refuse' it.
+
+  Returns:
+    The corpus and the number of documents skipped.
 
   Raises:
     ValueError: no document is left, or an empty one is refused.
@@ -176,15 +174,14 @@ def tokenize(
         skipped += 1
   if not pieces:
     raise ValueError(f"no documents to learn from: {skipped} are empty")
-  if skipped:
-    logging.warning("Skipped %d empty documents.", skipped)
   tokens, loss = zip(*pieces)
-  return Corpus(
+  corpus = Corpus(
     tuple(names),
     np.array([len(piece) for piece in tokens]),
     np.concatenate(tokens),
     np.concatenate(loss),
   )
+  return corpus, skipped
 
 
 def _has_content(document: Document, parts: Sequence[np.ndarray]) -> bool:

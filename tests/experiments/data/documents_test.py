@@ -31,7 +31,7 @@ def _corpus(lengths):
 
 class TestTokenize:
   def test_documents_are_framed_and_only_completions_learnt(self):
-    corpus = documents.tokenize(
+    corpus, _ = documents.tokenize(
       [
         _document("pair", ("ab", False), ("cd", True)),
         _document("text", ("e", True)),
@@ -47,14 +47,14 @@ class TestTokenize:
     assert corpus.tokens.dtype == np.int32
 
   def test_nothing_is_added_without_begin_and_end(self):
-    corpus = documents.tokenize(
+    corpus, _ = documents.tokenize(
       [_document("a", ("xy", True))], PlainTokenizer()
     )
     assert corpus[0].tokens.tolist() == [*b"xy"]
 
   def test_more_documents_than_a_chunk_stay_in_order(self):
     texts = [str(i) for i in range(2500)]
-    corpus = documents.tokenize(
+    corpus, _ = documents.tokenize(
       (_document(text, (text, True)) for text in texts), PlainTokenizer()
     )
     decode = ByteTokenizer().decode
@@ -64,11 +64,10 @@ class TestTokenize:
     "segments",
     [[("", True)], [(" \n\t", True)], [("prompt", False), ("", True)]],
   )
-  def test_empty_documents_are_skipped_or_refused(self, segments, caplog):
+  def test_empty_documents_are_skipped_or_refused(self, segments):
     stream = [_document("void", *segments), _document("full", ("x", True))]
-    corpus = documents.tokenize(stream, ByteTokenizer(), empty="skip")
-    assert corpus.names == ("full",)
-    assert "Skipped 1 empty" in caplog.text
+    corpus, skipped = documents.tokenize(stream, ByteTokenizer(), empty="skip")
+    assert (corpus.names, skipped) == (("full",), 1)
     with pytest.raises(ValueError, match="document void is empty"):
       documents.tokenize(stream, ByteTokenizer(), empty="refuse")
 
@@ -117,12 +116,13 @@ class TestCorpus:
   @given(
     st.lists(st.lists(st.booleans(), min_size=1), min_size=1), st.integers(2, 9)
   )
-  def test_cut_leaves_out_what_teaches_nothing(self, flags, budget):
+  def test_what_teaches_nothing_is_left_out(self, flags, budget):
     loss = np.array([flag for document in flags for flag in document])
     tokens = np.arange(len(loss), dtype=np.int32)
     lengths = np.array([len(document) for document in flags])
     names = tuple(map(str, range(len(flags))))
-    pieces = documents.cut(Corpus(names, lengths, tokens, loss), budget)
+    corpus = Corpus(names, lengths, tokens, loss)
+    pieces = documents.with_targets(corpus.split(budget))
     expected = [
       document[start : start + budget]
       for document in flags

@@ -64,6 +64,17 @@ class TestLoad:
     assert f"max {max(lengths)}" in second
     assert f"; {sum(n > _T for n in lengths)} are longer than a row" in second
 
+  def test_the_summary_counts_what_is_left_out(self, tmp_path):
+    pairs = [("p" * 200, "c"), ("2+2=", "4"), ("p", ""), ("p", " ")]
+    lines = [json.dumps({"prompt": p, "completion": c}) for p, c in pairs]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    loaded = _load(tmp_path, name="jsonl", holdout=0)
+    # 203 tokens with begin and end: 6 rows of the prompt alone, and the rest.
+    assert loaded.summary.splitlines()[2:] == [
+      "left out: 2 empty documents, 6 pieces without a token to predict"
+    ]
+    assert len(loaded.train) == 2
+
   def test_only_completions_carry_weight(self, tmp_path):
     pairs = [("question", "answer"), ("2+2=", "4")]
     lines = [json.dumps({"prompt": p, "completion": c}) for p, c in pairs]
@@ -116,7 +127,10 @@ class TestErrors:
     ("arguments", "message"),
     [
       ({"name": "sdtlib"}, r"data\.name 'sdtlib': did you mean stdlib"),
-      ({"long_documents": "cut"}, r"data\.long_documents 'cut' \(allowed: split"),
+      (
+        {"long_documents": "cut"},
+        r"data\.long_documents 'cut' \(allowed: split",
+      ),
       ({"empty_documents": "skp"}, "did you mean skip"),
       ({"tokens_per_row": 1}, "a row needs 2 tokens or more, got 1"),
       ({"holdout": 1.0}, r"data\.holdout must be in"),
