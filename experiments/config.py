@@ -11,7 +11,6 @@ complete config. REGISTRIES holds a `Section` for each section and the default
 of each scalar.
 """
 
-import ast
 import contextlib
 import copy
 import dataclasses
@@ -23,13 +22,13 @@ import pathlib
 import re
 import runpy
 import sys
-import types
-import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
+
+from adaptax.experiments.arguments import Argument, freeze, signature
 
 flags.disclaim_key_flags()
 
@@ -37,8 +36,6 @@ Registries = Mapping[str, Any]
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _SHIPPED = _ROOT / "experiments" / "configs"
-_PLAIN = {bool, int, float, str, types.NoneType}
-_REQUIRED = inspect.Parameter.empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +97,14 @@ def load(path: str | None) -> ConfigDict:
   get_config = runpy.run_path(str(found)).get("get_config")
   if get_config is None:
     raise ValueError(f"{found} defines no get_config")
-  return get_config(arg) if arg else get_config()
+  given = (arg,) if arg else ()
+  try:
+    inspect.signature(get_config).bind(*given)
+  except TypeError as error:
+    raise ValueError(
+      f"--config={path} does not fit get_config of {found}: {error}"
+    ) from None
+  return get_config(*given)
 
 
 def check(
@@ -133,18 +137,38 @@ def check(
   return ConfigDict(complete).lock()
 
 
-def bind(section: ConfigDict, registry: Section) -> functools.partial:
-  """The factory that the section names, with its arguments bound."""
+def bind(
+  section: ConfigDict,
+  registry: Section,
+  changes: Mapping[str, Any] | None = None,
+  key: str = "",
+) -> functools.partial:
+  """The factory that the section names, with its arguments bound.
+
+  Args:
+    section: complete, as `check` returns it.
+    registry: of the section.
+    changes: what replaces some of the section's arguments.
+    key: where the changes stand in the config.
+
+  Raises:
+    ValueError: an unknown argument in `changes`, or one of a wrong type.
+  """
   arguments = section.to_dict()
-  factory = registry.parts[arguments.pop("name")]
+  name = arguments.pop("name")
   own = {k: v for k, v in arguments.items() if k not in registry.keys}
-  return functools.partial(factory, **own)
+  for leaf, value in (changes or {}).items():
+    if leaf not in own:
+      hint = _nearest(leaf, own)
+      raise ValueError(f"unknown config key {key}.{leaf} for {name!r}{hint}")
+    own[leaf] = _arguments(registry, name)[leaf].fit(f"{key}.{leaf}", value)
+  return functools.partial(registry.parts[name], **own)
 
 
 def build(section: ConfigDict, registry: Section, **supplied) -> Any:
   """Calls the part with its arguments and with what it takes of `supplied`."""
   factory = bind(section, registry)
-  takes = _signature(factory)
+  takes = signature(factory)
   return factory(**{k: v for k, v in supplied.items() if k in takes})
 
 
@@ -154,7 +178,7 @@ def to_json(config: ConfigDict) -> str:
 
 def from_json(text: str) -> ConfigDict:
   """The config that `to_json` wrote; it holds tuples, never lists."""
-  return ConfigDict(_freeze(json.loads(text))).lock()
+  return ConfigDict(freeze(json.loads(text))).lock()
 
 
 def difference(
@@ -165,51 +189,12 @@ def difference(
   lines = []
   for key in sorted(before.keys() | after.keys()):
     there, here = (
-      repr(_freeze(flat[key])) if key in flat else "absent"
+      repr(freeze(flat[key])) if key in flat else "absent"
       for flat in (before, after)
     )
     if there != here and not {key, key.partition(".")[0]} & set(may_differ):
       lines.append(f"{key}: {there} in the work dir, {here} here")
   return lines
-
-
-class _Argument(typing.NamedTuple):
-  """A key's default, or _REQUIRED, and the types it may have (none: any)."""
-
-  default: Any
-  kinds: frozenset[type]
-
-  @classmethod
-  def of(cls, default, hint=_REQUIRED):
-    """Goes by the annotation `hint` if that is plain, else by the default."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    hints = typing.get_args(hint) if union else (hint,)
-    kinds = {typing.get_origin(one) or one for one in hints}
-    plain = kinds <= {*_PLAIN, tuple, dict}
-    if not plain:
-      kinds &= {types.NoneType}
-    if default is None or not (plain or default is _REQUIRED):
-      kinds.add(type(_freeze(default)))
-    return cls(default, frozenset(() if kinds <= {types.NoneType} else kinds))
-
-  def fit(self, key: str, value: Any) -> Any:
-    if value is _REQUIRED:
-      raise ValueError(f"config key {key} is missing: give --config.{key}=...")
-    value = _freeze(value, key)
-    if not self.kinds or type(value) in self.kinds:
-      return value
-    if type(value) is int and float in self.kinds:
-      return float(value)
-    names = sorted(kind.__name__.removesuffix("Type") for kind in self.kinds)
-    raise ValueError(f"config key {key}: {value!r} is no {' or '.join(names)}")
-
-  def parse(self, key: str, text: str) -> Any:
-    """Reads a Python literal; text that is none can only be a string."""
-    literal = {"true": "True", "false": "False"}.get(text, text)
-    try:
-      return self.fit(key, ast.literal_eval(literal))
-    except (SyntaxError, TypeError, ValueError):
-      return self.fit(key, text)
 
 
 def _split(argv: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -231,12 +216,12 @@ def _split(argv: list[str]) -> tuple[list[str], dict[str, str]]:
 
 def _choose_parts(
   config: ConfigDict, registries: Registries, overrides: Mapping[str, str]
-) -> dict[str, _Argument]:
+) -> dict[str, Argument]:
   """Switches sections to the names chosen; returns all that may be set."""
   known = {}
   for key, registry in registries.items():
     if not isinstance(registry, Section):
-      known[key] = _Argument.of(registry)
+      known[key] = Argument.of(registry)
       continue
     if key not in config:
       config[key] = ConfigDict()
@@ -255,22 +240,22 @@ def _choose_parts(
   return known
 
 
-def _arguments(registry: Section, name: str) -> dict[str, _Argument]:
+def _arguments(registry: Section, name: str) -> dict[str, Argument]:
   """What may stand in a section that names the part `name`."""
-  found = {k: _Argument.of(default) for k, default in registry.keys.items()}
+  found = {k: Argument.of(default) for k, default in registry.keys.items()}
   if not registry.parts:
     return found
-  for key, parameter in _signature(registry.parts[name]).items():
+  for key, parameter in signature(registry.parts[name]).items():
     variadic = str(parameter).startswith("*")
     if not variadic and key not in {*found, *registry.supplied}:
       # A default that JSON cannot hold is no business of a config.
       with contextlib.suppress(ValueError):
-        found[key] = _Argument.of(parameter.default, parameter.annotation)
-  return {"name": _Argument.of(name), **found}
+        found[key] = Argument.of(parameter.default, parameter.annotation)
+  return {"name": Argument.of(name), **found}
 
 
 def _keep_common(
-  section: ConfigDict, arguments: Mapping[str, _Argument], registry: Section
+  section: ConfigDict, arguments: Mapping[str, Argument], registry: Section
 ) -> None:
   """Drops what the newly chosen part has no argument of that type for."""
   for key in set(section) - set(registry.keys):
@@ -278,15 +263,6 @@ def _keep_common(
       arguments[key].fit(key, section[key])
     except (KeyError, ValueError):
       del section[key]
-
-
-def _signature(factory: Callable) -> Mapping[str, inspect.Parameter]:
-  """Parameters by name; looks behind metaclasses that hide `__init__`."""
-  call = functools.partial(factory)
-  if isinstance(call.func, type):
-    init = call.func.__init__  # type: ignore[misc]
-    call = functools.partial(init, None, *call.args, **call.keywords)
-  return inspect.signature(call, eval_str=True).parameters
 
 
 def _locate(config: Any, key: str) -> tuple[Any, str]:
@@ -302,17 +278,6 @@ def _flatten(config: ConfigDict) -> dict[str, Any]:
     else:
       flat[key] = value
   return flat
-
-
-def _freeze(value: Any, key: str = "") -> Any:
-  """Lists as tuples and ConfigDicts as dicts, of what JSON can hold."""
-  if isinstance(value, list | tuple):
-    return tuple(_freeze(item, key) for item in value)
-  if isinstance(value, dict | ConfigDict):
-    return {name: _freeze(value[name], key) for name in value}
-  if type(value) not in _PLAIN:
-    raise ValueError(f"config key {key}: {value!r} does not fit into JSON")
-  return value
 
 
 def _nearest(given: str, allowed: Iterable[str], prefix: str = "") -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -343,6 +344,21 @@ class TestLoad:
     assert config_lib.load(f"{file}:32").adapter.rank == 32
     assert config_lib.load(str(file)).adapter.rank == 8
 
+  def test_refuses_an_argument_that_nobody_takes(self, capsys, file):
+    file.write_text(FILE.replace('arg: str = ""', "").replace("arg or 8", "8"))
+    assert config_lib.load(str(file)).adapter.rank == 8
+    line = refuse(capsys, f"--config={file}:foo")
+    assert line == (
+      f"--config={file}:foo does not fit get_config of {file}: too many"
+      " positional arguments"
+    )
+
+  def test_asks_for_an_argument(self, capsys, file):
+    file.write_text(FILE.replace('arg: str = ""', "arg"))
+    assert "missing a required argument: 'arg'" in refuse(
+      capsys, f"--config={file}"
+    )
+
   def test_finds_shipped_files_from_anywhere(self, tmp_path, monkeypatch):
     package = tmp_path / "adaptax"
     shipped = package / "experiments" / "configs"
@@ -416,6 +432,28 @@ class TestBuild:
   def test_bind_leaves_the_supplied_ones_open(self):
     factory = config_lib.bind(check().adapter, REGISTRIES["adapter"])
     assert factory("w", rngs=1) == ("lora", "w", 8, None, "pissa", 1)
+
+  def test_bind_takes_changes(self):
+    adapter, registry = check().adapter, REGISTRIES["adapter"]
+    factory = config_lib.bind(adapter, registry, {"rank": 2, "alpha": 3})
+    assert factory("w", rngs=1) == ("lora", "w", 2, 3.0, "pissa", 1)
+    assert adapter.rank == 8
+
+  @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+      (
+        {"rnak": 2},
+        "unknown config key there.rnak for 'lora': did you mean rank? (allowed:"
+        " alpha, init, rank)",
+      ),
+      ({"targets": "q"}, "unknown config key there.targets for 'lora' (allo"),
+      ({"rank": "2"}, "config key there.rank: '2' is no int"),
+    ],
+  )
+  def test_bind_refuses_changes_that_do_not_fit(self, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+      config_lib.bind(check().adapter, REGISTRIES["adapter"], changes, "there")
 
 
 plain = st.recursive(
