@@ -155,12 +155,18 @@ def adapter_rules(section: Any) -> dict[str, Any]:
   """
   if section.name == "none":
     return {}
-  factory = configs.bind(section, REGISTRIES["adapter"])
-  special = {
-    path: functools.partial(factory, **arguments)
-    for path, arguments in section.rules
-  }
-  return special | {section.targets: factory}
+  registry, special = REGISTRIES["adapter"], {}
+  for rule in section.rules:
+    match rule:
+      case (str(path), dict(changes)):
+        key = f"adapter.rules[{path!r}]"
+        special[path] = configs.bind(section, registry, changes, key)
+      case _:
+        raise ValueError(
+          f"config key adapter.rules: {rule!r} is no pair of a path expression"
+          " and {argument: value}"
+        )
+  return special | {section.targets: configs.bind(section, registry)}
 
 
 def _learning_rate(config) -> optax.Schedule:
