@@ -33,5 +33,5 @@ def get_config() -> ConfigDict:
   config.batch_size = {"name": "constant", "micro_batches": 1}
   config.plan = {"name": "pack", "tokens": 256, "rows": 1}
   config.checkpoint = {"every": 20, "keep": 2}
-  config.eval = {"every": 0, "windows": 24}
+  config.eval = {"every": 20, "windows": 24}
   return config
