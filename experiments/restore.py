@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from adaptax.experiments import config as configs
-from adaptax.experiments.checkpoints import Checkpoints
+from adaptax.experiments.checkpoints import CheckpointError, Checkpoints
 from adaptax.experiments.fingerprint import fingerprint
 from adaptax.experiments.run import Run
 from adaptax.parallel import flat_mesh
@@ -58,11 +58,15 @@ def _restore(run: Run, steps: list[pathlib.Path]) -> tuple[Any, dict]:
     for step in steps:
       if step.name.isdigit() and step.is_dir():
         (pathlib.Path(view) / step.name).symlink_to(step.absolute())
-    with Checkpoints(view, every=1, keep=len(steps) + 1) as checkpoints:
-      found = checkpoints.restore(run.state)
-  if found is None:
     where = steps[0] if len(steps) == 1 else "the work dir"
-    raise FileNotFoundError(f"no good checkpoint in {where}")
+    with Checkpoints(view, every=1, keep=len(steps) + 1) as checkpoints:
+      try:
+        found = checkpoints.restore(run.state)
+      except CheckpointError as error:
+        # Its message would name the temporary folder.
+        raise FileNotFoundError(f"no good checkpoint in {where}") from error
+  if found is None:
+    raise FileNotFoundError(f"no checkpoint in {where}")
   newest, state, meta = found
   print(f"checkpoint step {newest}")
   return state, meta

@@ -166,7 +166,8 @@ def adapter_rules(section: Any) -> dict[str, Any]:
           f"config key adapter.rules: {rule!r} is no pair of a path expression"
           " and {argument: value}"
         )
-  return special | {section.targets: configs.bind(section, registry)}
+  special.setdefault(section.targets, configs.bind(section, registry))
+  return special
 
 
 def _learning_rate(config) -> optax.Schedule:
