@@ -199,12 +199,14 @@ class Decoder(nnx.Module):
 
   `gather` and `constrain` are how a sharding scheme reaches into the forward
   pass: the first is applied to a block's weights where they are used, the
-  second to the residual stream (rows, T, hidden) between blocks.
+  second to the residual stream (rows, T, hidden) between blocks. `gather_head`
+  is applied to the head's weights by `fetch_head`.
   """
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
     self.config = config
     self.gather: Callable[[Any], Any] | None = None
+    self.gather_head: Callable[[Any], Any] = _identity
     self.constrain: Callable[[jax.Array], jax.Array] = _identity
     self.embed = nnx.Embed(
       config.vocab_size,
@@ -250,6 +252,11 @@ class Decoder(nnx.Module):
     """
     features, cache = self._forward(tokens, positions, attend, cache)
     return self.logits(features), cache
+
+  def fetch_head(self) -> None:
+    """Gathers the head's weights once, for all calls of `logits` to come."""
+    head = self.embed if self.config.tie_embeddings else self.head
+    nnx.update(head, self.gather_head(nnx.state(head)))
 
   def logits(self, features) -> jax.Array:
     """Applies the output head to features (..., hidden)."""

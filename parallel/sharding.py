@@ -5,10 +5,12 @@ gathered where a block uses them; activations are cut by row. One device is
 the same program with N = 1.
 """
 
+import functools
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,9 +21,14 @@ SMALLEST_SHARD = 128
 
 
 def flat_mesh(devices: Any = None) -> Mesh:
-  """Returns the mesh of all devices, or of those given, on one axis."""
+  """Returns the mesh of all devices, or of those given, on one axis.
+
+  Devices follow the axes of a TPU's torus. In another order XLA writes every
+  all-gather as an all-reduce of zero-padded parts, of twice the bytes.
+  """
   devices = jax.devices() if devices is None else devices
-  return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+  devices = mesh_utils.create_device_mesh((len(devices),), devices)
+  return Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def fsdp_spec(shape: tuple[int, ...], devices: int) -> P:
@@ -72,10 +79,27 @@ def shard_model(model: Any, mesh: Mesh) -> None:
   """Makes a `Decoder` gather its weights and keep its rows where they are.
 
   The gather stands inside a block's rematerialised body: gathered weights are
-  then no residuals of the scan, and backward turns it into a reduce-scatter.
+  then no residuals of the scan. Their gradients are told to be cut like the
+  weights, so that they are reduce-scattered, not all-reduced and then cut.
   """
   if mesh.size == 1:
     return
   whole, rows = NamedSharding(mesh, P()), by_row(mesh)
-  model.gather = lambda state: jax.lax.with_sharding_constraint(state, whole)
-  model.constrain = lambda x: jax.lax.with_sharding_constraint(x, rows)
+  constrain = jax.lax.with_sharding_constraint
+
+  def gather(stack, leaf):
+    spec = fsdp_spec((*stack, *leaf.shape), mesh.size)
+    cut = P(*spec[len(stack) :])
+    collect = jax.custom_vjp(lambda x: constrain(x, whole))
+    collect.defvjp(
+      lambda x: (constrain(x, whole), None),
+      lambda _, g: (constrain(g, NamedSharding(mesh, cut)),),
+    )
+    return collect(leaf)
+
+  for_all = lambda *stack: functools.partial(
+    jax.tree.map, functools.partial(gather, stack)
+  )
+  model.gather = for_all(model.layers.stack_size)
+  model.gather_head = for_all()
+  model.constrain = lambda x: constrain(x, rows)
