@@ -55,7 +55,7 @@ def token_losses(
     chunk: tokens of a row whose logits exist at a time; None means all. The
       logits of a long row with a large vocabulary outweigh everything else.
   """
-  model.fetch_head()
+  model.fetch_ends()
   features = model.features(batch["tokens"], batch["positions"], attend)
 
   def losses(features, targets, weights):

@@ -199,14 +199,14 @@ class Decoder(nnx.Module):
 
   `gather` and `constrain` are how a sharding scheme reaches into the forward
   pass: the first is applied to a block's weights where they are used, the
-  second to the residual stream (rows, T, hidden) between blocks. `gather_head`
-  is applied to the head's weights by `fetch_head`.
+  second to the residual stream (rows, T, hidden) between blocks. `fetch_ends`
+  applies `gather_ends` to the weights outside of the blocks.
   """
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
     self.config = config
     self.gather: Callable[[Any], Any] | None = None
-    self.gather_head: Callable[[Any], Any] = _identity
+    self.gather_ends: Callable[[Any], Any] = _identity
     self.constrain: Callable[[jax.Array], jax.Array] = _identity
     self.embed = nnx.Embed(
       config.vocab_size,
@@ -253,10 +253,11 @@ class Decoder(nnx.Module):
     features, cache = self._forward(tokens, positions, attend, cache)
     return self.logits(features), cache
 
-  def fetch_head(self) -> None:
-    """Gathers the head's weights once, for all calls of `logits` to come."""
-    head = self.embed if self.config.tie_embeddings else self.head
-    nnx.update(head, self.gather_head(nnx.state(head)))
+  def fetch_ends(self) -> None:
+    """Gathers the weights outside of the blocks, once for all their uses."""
+    for name in ("embed", "norm", "head"):
+      if module := getattr(self, name, None):
+        nnx.update(module, self.gather_ends(nnx.state(module)))
 
   def logits(self, features) -> jax.Array:
     """Applies the output head to features (..., hidden)."""

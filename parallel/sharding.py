@@ -80,26 +80,24 @@ def shard_model(model: Any, mesh: Mesh) -> None:
 
   The gather stands inside a block's rematerialised body: gathered weights are
   then no residuals of the scan. Their gradients are told to be cut like the
-  weights, so that they are reduce-scattered, not all-reduced and then cut.
+  weights, so that they are reduce-scattered, not all-reduced and then cut. The
+  embedding's would be cut by gathering those of all tokens, so it is not told.
   """
   if mesh.size == 1:
     return
   whole, rows = NamedSharding(mesh, P()), by_row(mesh)
   constrain = jax.lax.with_sharding_constraint
+  layers = model.layers.stack_size
 
-  def gather(stack, leaf):
-    spec = fsdp_spec((*stack, *leaf.shape), mesh.size)
-    cut = P(*spec[len(stack) :])
+  def gather(leaf):
+    spec = fsdp_spec((layers, *leaf.shape), mesh.size)
+    cut = NamedSharding(mesh, P(*spec[1:]))
     collect = jax.custom_vjp(lambda x: constrain(x, whole))
     collect.defvjp(
-      lambda x: (constrain(x, whole), None),
-      lambda _, g: (constrain(g, NamedSharding(mesh, cut)),),
+      lambda x: (constrain(x, whole), None), lambda _, g: (constrain(g, cut),)
     )
     return collect(leaf)
 
-  for_all = lambda *stack: functools.partial(
-    jax.tree.map, functools.partial(gather, stack)
-  )
-  model.gather = for_all(model.layers.stack_size)
-  model.gather_head = for_all()
+  model.gather = functools.partial(jax.tree.map, gather)
+  model.gather_ends = lambda state: constrain(state, whole)
   model.constrain = lambda x: constrain(x, rows)
