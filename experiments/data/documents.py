@@ -12,7 +12,7 @@ import numpy as np
 from adaptax.experiments.data.sources import Document
 from adaptax.experiments.data.tokenizers import Tokenizer
 
-_CHUNK = 1024  # Documents encoded at once, so that texts need not all fit.
+_CHUNK = 32  # Documents encoded at once: an encoding is 100 times its text.
 
 
 class Piece(NamedTuple):
