@@ -7,6 +7,9 @@ Suites:
     seconds a step, compile time against depth, peak resident memory, Python
     time a step; beside Hugging Face PEFT where torch, transformers and peft
     are installed, as a ratio in the same run.
+  attention: documents of the standard library's lengths, packed, beside the
+    same documents padded to the longest; on CPU, forward and backward, as a
+    ratio in the same run.
 
 Every figure is a median; what else runs on the machine decides its worth, so
 the load is printed too. A part runs in a process of its own, for its memory's
@@ -25,7 +28,9 @@ from typing import Any
 
 from absl import app, flags
 
-SUITE = flags.DEFINE_enum("suite", "train", ["train"], "What to measure.")
+SUITE = flags.DEFINE_enum(
+  "suite", "train", ["attention", "train"], "What to measure."
+)
 REPEATS = flags.DEFINE_integer("repeats", 15, "Steps that a median is of.")
 
 TOKENS, RANK = 256, 8
@@ -280,7 +285,60 @@ def measure_peft(repeats: int) -> dict[str, float]:
   return {"seconds": median_seconds(one, repeats), "memory": peak_memory()}
 
 
-SUITES = {"train": train_suite}
+def attention_suite() -> None:
+  """Packed against padded attention; see the module's docstring."""
+  show(alone(measure_attention, min(REPEATS.value, 5)))
+
+
+def measure_attention(repeats: int) -> dict[str, str]:
+  """Returns seconds, and query-key pairs, of packed and of padded attention."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  from adaptax.experiments import data
+  from adaptax.pallas_kernels.packed_attention import packed_attention
+  from adaptax.pallas_kernels.packed_attention.cases import CASES, pack
+
+  longest, documents = 4096, 24
+  corpus = data.load(
+    name="stdlib",
+    tokenizer=data.ByteTokenizer(),
+    tokens_per_row=longest,
+    holdout=0.0,
+  ).train
+  order = np.random.default_rng(0).permutation(len(corpus))[:documents]
+  lengths = corpus.lengths[order]
+  tokens = -(-int(lengths.sum()) // 512) * 512
+  heads, kv_heads, dim, *_ = CASES["smollm2_135m"]
+
+  def inputs(rows, size):
+    shapes = [(rows, size, n, dim) for n in (heads, kv_heads, kv_heads)]
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(k, s) for k, s in zip(keys, shapes)]
+
+  def seconds(attend, rows, size):
+    loss = lambda *qkv: attend(*qkv).sum()
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    arrays = inputs(rows, size)
+    return median_seconds(lambda: jax.block_until_ready(step(*arrays)), repeats)
+
+  start = jnp.asarray(pack(lengths, tokens)[0])[None]
+  packed = seconds(lambda *qkv: packed_attention(*qkv, start), 1, tokens)
+  lone = lambda *qkv: jax.nn.dot_product_attention(*qkv, is_causal=True)
+  # A row at a time: all of them would not fit, and one is enough to multiply.
+  padded = documents * seconds(lone, 1, longest)
+  pairs = int((lengths.astype(np.int64) * (lengths + 1) // 2).sum())
+  return {
+    "documents": f"{documents}, {lengths.sum():,} tokens, longest {longest:,}",
+    "packed, seconds": f"{packed:.2f} ({tokens:,} slots)",
+    "padded dense, seconds": f"{padded:.2f} ({documents * longest:,} slots)",
+    "packed : padded": f"{packed / padded:.3f}",
+    "query-key pairs": f"{pairs / (documents * longest**2):.3f} of the padded",
+  }
+
+
+SUITES = {"attention": attention_suite, "train": train_suite}
 
 
 if __name__ == "__main__":

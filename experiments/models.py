@@ -98,7 +98,7 @@ MODELS: dict[str, Callable[..., Source]] = {
 }
 
 
-class Plan(NamedTuple):
+class Prepared(NamedTuple):
   """A model known in full before any array exists.
 
   Attributes:
@@ -110,10 +110,10 @@ class Plan(NamedTuple):
   materialise: Callable[[], tuple[Any, Any]]
 
 
-def plan(
+def prepare(
   source: Source, rules: Mapping[str, Any], *, key: jax.Array, mesh: Mesh
-) -> Plan:
-  """Plans a model with its adapters on a mesh; shapes first, arrays later.
+) -> Prepared:
+  """Prepares a model with its adapters on a mesh; shapes first, arrays later.
 
   Args:
     source: the bare model.
@@ -146,7 +146,9 @@ def plan(
     )(_read(source, mesh))
 
   trainable, frozen = shapes
-  return Plan(planned._replace(trainable=trainable, frozen=frozen), materialise)
+  return Prepared(
+    planned._replace(trainable=trainable, frozen=frozen), materialise
+  )
 
 
 def sharded(tree: Any, mesh: Mesh) -> Any:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from adaptax.experiments import config as configs
 from adaptax.experiments import models
+from adaptax.experiments.data import Corpus, Data
 from adaptax.experiments.registry import REGISTRIES
 from adaptax.experiments.step import make_eval_step, make_train_step
 from adaptax.optim import decayed, schedule
@@ -52,7 +53,7 @@ class Run:
       devices=mesh.size,
       heads=self.source.config.num_heads,
     )
-    self.model = models.plan(
+    self.model = models.prepare(
       self.source, adapter_rules(config.adapter), key=model_key, mesh=mesh
     )
     self.micro_batches = configs.build(
@@ -109,6 +110,19 @@ class Run:
         c.loss_chunk or None,
       )
     )
+
+  def abstract_batch(self) -> Tree:
+    """The batch of a train step as shapes that know their shardings."""
+    piece = Corpus(("",), np.array([2]), np.zeros(2, int), np.ones(2, bool))
+    example = Data(piece, piece, self.plan.tokens, "")
+    arrays = self.plan.eval_batches(example, 1)[0]
+    sharding = by_row(self.mesh, 1)
+    return {
+      name: jax.ShapeDtypeStruct(
+        (self.micro_batches, *array.shape), array.dtype, sharding=sharding
+      )
+      for name, array in arrays.items()
+    }
 
   def place_batch(self, arrays: dict[str, np.ndarray]) -> Tree:
     """Cuts host arrays by row over the devices.

@@ -24,11 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adaptax.experiments import config as configs
 from adaptax.experiments import data, report
-from adaptax.experiments.checkpoints import (
-  CheckpointError,
-  Checkpoints,
-  fingerprint,
-)
+from adaptax.experiments.checkpoints import Checkpoints, fingerprint
 from adaptax.experiments.metrics import Metrics, plot_losses
 from adaptax.experiments.registry import REGISTRIES
 from adaptax.experiments.run import Run
@@ -69,7 +65,7 @@ def main(config: Any) -> None:
   report.header(run, corpus)
   try:
     sys.exit(train(run, corpus, workdir))
-  except (CheckpointError, FloatingPointError, OSError, ValueError) as error:
+  except (FloatingPointError, OSError, ValueError) as error:
     if logging.level_debug():
       raise
     sys.exit(f"train: {error}")

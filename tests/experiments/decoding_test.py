@@ -10,6 +10,8 @@ from adaptax.experiments import decoding
 from adaptax.experiments.decoding import Sampling, generate
 from adaptax.layers import Decoder, DecoderConfig, RopeScaling
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
   "vocab_size": 61,
   "hidden_size": 16,

@@ -15,6 +15,8 @@ N, T, DIM, HIDDEN, VOCAB = 8, 16, 8, 32, 32
 MESH = jax.make_mesh(
   (N,), ("device",), axis_types=(jax.sharding.AxisType.Auto,)
 )
+
+pytestmark = pytest.mark.slow
 OPTIONS = {"softcap": None, "window": None}
 
 

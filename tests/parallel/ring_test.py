@@ -13,6 +13,8 @@ N, T, DIM = 8, 16, 8
 MESH = jax.make_mesh(
   (N,), ("device",), axis_types=(jax.sharding.AxisType.Auto,)
 )
+
+pytestmark = pytest.mark.slow
 ROW = P("device")
 
 
