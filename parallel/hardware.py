@@ -1,0 +1,163 @@
+"""Facts about accelerators, for feasibility checks and labelled estimates.
+
+Sources: jax/_src/pallas/mosaic/tpu_info.py and Google Cloud's TPU pages for
+TPU compute and bandwidth; the scaling book (jax-ml/scaling-book) for TPU link
+rates; the limits that libtpu 0.0.52 compiles against for usable TPU memory;
+NVIDIA's data sheets for GPU compute and links; OpenXLA's descriptions under
+xla/backends/gpu/target_config/specs for the other numbers of GPUs.
+"""
+
+import dataclasses
+import math
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One device as JAX shows it: a chip, or half of a TPU7x.
+
+  Attributes:
+    kind: `jax.Device.device_kind`.
+    flops: dense bfloat16 FLOP/s at peak.
+    hbm: bytes of memory that a program can have.
+    bandwidth: of that memory, bytes/s.
+    link: bytes/s one way, of a torus link or of all of a GPU's NVLinks.
+    dimensions: of the TPU torus; 0 for GPUs, which are switched.
+    network: bytes/s one way from a GPU to other hosts.
+    sizes: how many there can be: TPU slices by shape, GPUs by number.
+    description: what XLA's GPU backend asks about a GPU; see `aot`.
+  """
+
+  kind: str
+  flops: float
+  hbm: int
+  bandwidth: float
+  link: float
+  dimensions: int = 0
+  network: float = 0.0
+  sizes: tuple[str, ...] = ()
+  description: dict[str, int | float] = dataclasses.field(default_factory=dict)
+
+  def wraps(self, shape: tuple[int, ...]) -> tuple[bool, ...]:
+    """Whether each axis of a slice closes to a ring.
+
+    In three dimensions all do in multiples of the 4x4x4 cube, in two those
+    that span the 16 chips of a pod.
+    """
+    if self.dimensions == 3:
+      return (all(size % 4 == 0 for size in shape),) * 3
+    return tuple(size == 16 for size in shape)
+
+  def seconds(self, kind: str, size: float, shape: tuple[int, ...]) -> float:
+    """Estimates the time of a collective over all devices at peak link rate.
+
+    Args:
+      kind: the HLO opcode.
+      size: bytes of the whole array on one device: what an all-gather makes,
+        what a reduce-scatter or an all-to-all takes.
+      shape: of the TPU slice, or (devices,).
+    """
+    devices = math.prod(shape)
+    if devices == 1:
+      return 0.0
+    rounds = 2 if kind == "all-reduce" else 1
+    if not self.dimensions:
+      rate = self.link if devices <= 8 else self.network
+      return rounds * size * (devices - 1) / devices / rate
+    ways = [1 + wrap for wrap in self.wraps(shape)]
+    if kind == "collective-permute":
+      return size / self.link
+    if kind.endswith("all-to-all"):
+      # An average way is a quarter of a ring, a third of a line.
+      far = (n / (8 if way == 2 else 3) for n, way in zip(shape, ways))
+      return max(far) * size / self.link
+    rate = sum(way * self.link for n, way in zip(shape, ways) if n > 1)
+    return rounds * size * (devices - 1) / devices / rate
+
+
+_SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = (
+  *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
+  *("8x8x8", "8x8x16", "8x16x16"),
+)
+_GPUS = tuple(str(2**power) for power in range(10))
+
+
+def _gpu(kind, flops, hbm, bandwidth, link, network, **description) -> Chip:
+  return Chip(
+    kind,
+    flops,
+    hbm,
+    bandwidth,
+    link,
+    network=network,
+    sizes=_GPUS,
+    description=description,
+  )
+
+
+_HOPPER = {
+  "major": 9,
+  "core_count": 132,
+  "fpus_per_core": 128,
+  "clock_rate_ghz": 1.98,
+  "l2_cache_size": 52428800,
+  "shared_memory_per_core": 233472,
+  "shared_memory_per_block_optin": 232448,
+}
+_BLACKWELL = _HOPPER | {
+  "major": 10,
+  "core_count": 148,
+  "clock_rate_ghz": 1.965,
+  "l2_cache_size": 132644864,
+}
+_AMPERE = {
+  "major": 8,
+  "core_count": 108,
+  "fpus_per_core": 64,
+  "clock_rate_ghz": 1.41,
+  "l2_cache_size": 41943040,
+  "shared_memory_per_core": 167936,
+  "shared_memory_per_block_optin": 166912,
+}
+
+# Where sources differ: bandwidth of v5p is 2.46 to 2.8e12, peak of v6e 918 or
+# 920e12; the links of a TPU7x are shared by its two devices.
+CHIPS: dict[str, Chip] = {
+  "v4": Chip(
+    "TPU v4", 275e12, int(30.75 * GIB), 1.23e12, 4.5e10, 3, sizes=_CUBES
+  ),
+  "v5e": Chip(
+    "TPU v5 lite", 197e12, int(15.75 * GIB), 8.19e11, 4.5e10, 2, sizes=_SQUARES
+  ),
+  "v5p": Chip(
+    "TPU v5", 459e12, int(95.73 * GIB), 2.765e12, 9e10, 3, sizes=_CUBES
+  ),
+  "v6e": Chip(
+    "TPU v6 lite", 918e12, int(31.24 * GIB), 1.64e12, 9e10, 2, sizes=_SQUARES
+  ),
+  "tpu7x": Chip(
+    "TPU7x", 1153.5e12, int(94.74 * GIB), 3.69e12, 5e10, 3, sizes=_CUBES
+  ),
+  "a100": _gpu(
+    "NVIDIA A100-SXM4-80GB",
+    *(312e12, 85100068864, 2.039e12, 3e11, 2.5e10),
+    **_AMPERE,
+  ),
+  "h100": _gpu(
+    "NVIDIA H100 80GB HBM3",
+    *(989e12, 84942979072, 3.352e12, 4.5e11, 5e10),
+    **_HOPPER,
+  ),
+  "h200": _gpu(
+    "NVIDIA H200 141GB HBM3e",
+    *(989e12, 151397597184, 4.8e12, 4.5e11, 5e10),
+    **_HOPPER,
+  ),
+  "b200": _gpu(
+    "NVIDIA B200",
+    *(2250e12, 191514411008, 7.672e12, 9e11, 5e10),
+    **_BLACKWELL,
+  ),
+}
