@@ -324,7 +324,7 @@ def measure_attention(repeats: int) -> dict[str, str]:
     return median_seconds(lambda: jax.block_until_ready(step(*arrays)), repeats)
 
   start = jnp.asarray(pack(lengths, tokens)[0])[None]
-  packed = seconds(lambda *qkv: packed_attention(*qkv, start), 1, tokens)
+  packed = seconds(lambda q, k, v: packed_attention(q, k, v, start), 1, tokens)
   lone = lambda *qkv: jax.nn.dot_product_attention(*qkv, is_causal=True)
   # A row at a time: all of them would not fit, and one is enough to multiply.
   padded = documents * seconds(lone, 1, longest)

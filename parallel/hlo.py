@@ -74,11 +74,8 @@ class Instruction(NamedTuple):
 class Total(NamedTuple):
   """Executions of a kind of collective, and bytes of its whole arrays."""
 
-  count: int = 0
+  executions: int = 0
   bytes: int = 0
-
-  def __add__(self, other):
-    return Total(self.count + other.count, self.bytes + other.bytes)
 
 
 Computation = dict[str, Instruction]
@@ -152,7 +149,8 @@ class Module:
         # The result of an asynchronous start repeats its operands.
         made -= taken if instruction.opcode.endswith("-start") else 0
         size = made if kind == "all-gather" else taken
-        found[kind] = found.get(kind, Total()) + Total(times, times * size)
+        executions, total = found.get(kind, Total())
+        found[kind] = Total(executions + times, total + times * size)
     return found
 
   def traffic(self) -> float:
