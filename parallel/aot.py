@@ -12,6 +12,7 @@ analysis counts loop bodies once and its optimal_seconds can be negative.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -78,9 +79,8 @@ class Report:
     peak: bytes needed: arguments, results that do not reuse them, temporaries
       and the program itself.
     fits: whether that much memory is there, for the compiler too.
-    collectives: executions in a step and bytes, by kind; `hlo.collectives`.
-    flops: of matrix products.
-    traffic: estimated bytes to and from memory; `hlo.traffic`.
+    module: the compiled program, to look into.
+    flops: of matrix products in a step.
     largest: (bytes, what) of the largest buffers when memory is fullest.
     seconds: that compiling took.
   """
@@ -90,19 +90,23 @@ class Report:
   temporaries: int
   peak: int
   fits: bool
-  collectives: dict[str, hlo.Total]
+  module: hlo.Module
   flops: float
-  traffic: float
   largest: list[tuple[int, str]]
   seconds: float
 
-  @property
+  @functools.cached_property
+  def collectives(self) -> dict[str, hlo.Total]:
+    """Executions in a step and bytes by kind; see `hlo.Module`."""
+    return self.module.collectives()
+
+  @functools.cached_property
   def roofline(self) -> dict[str, float]:
     """Estimated seconds at peak rates of what a step cannot do without."""
     chip, shape = self.target.chip, self.target.shape
     return {
       "compute": self.flops / chip.flops,
-      "memory": self.traffic / chip.bandwidth,
+      "memory": self.module.traffic() / chip.bandwidth,
       "links": sum(
         chip.seconds(kind, total.bytes, shape)
         for kind, total in self.collectives.items()
@@ -124,7 +128,7 @@ class Report:
     }
     for kind, total in sorted(self.collectives.items()):
       size = total.bytes / 1e9
-      rows[kind] = f"{size:8.3f} GB in {total.count:,} a step"
+      rows[kind] = f"{size:8.3f} GB in {total.executions:,} a step"
     rows["FLOPs"] = f"{self.flops:.4g} a step"
     rows["roofline"] = (
       f"{times[slowest]:.4g} s a step, an ESTIMATE at peak rates; "
@@ -196,9 +200,8 @@ def compile_for(
     temporaries,
     peak,
     memory is not None and peak <= where.chip.hbm,
-    module.collectives(),
+    module,
     flops / len(where.devices),
-    module.traffic(),
     _largest(live, module),
     time.perf_counter() - began,
   )
@@ -279,10 +282,10 @@ def _largest(live: str, module: hlo.Module) -> list[tuple[int, str]]:
   for name, size in re.findall(
     r"^ +(\S+?)(?:\{\d*\})?: (\d+) bytes", live, re.M
   ):
-    made = module.find(name)
-    array = max(made.arrays, key=lambda a: a.bytes) if made else None
-    what = f"{array.dtype}{list(array.dims)} {made.op_name}" if array else name
-    found.append((int(size), what))
+    if (made := module.find(name)) and made.arrays:
+      array = max(made.arrays, key=lambda array: array.bytes)
+      name = f"{array.dtype}{list(array.dims)} {made.op_name}"
+    found.append((int(size), name))
   return sorted(found, reverse=True)[:8]
 
 

@@ -127,7 +127,7 @@ def test_tpu_text_is_read_without_trip_counts():
 
 def test_a_loop_whose_bound_is_data_counts_once():
   text = TPU_TEXT.replace("constant(7)", "get-tuple-element(%state.1), index=2")
-  assert hlo.Module(text).collectives()["all-gather"].count == 1
+  assert hlo.Module(text).collectives()["all-gather"].executions == 1
 
 
 def test_traffic_takes_a_slice_of_what_a_loop_walks_over():
