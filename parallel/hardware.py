@@ -69,34 +69,37 @@ class Chip:
     if kind == "collective-permute":
       return size / self.link
     if kind.endswith("all-to-all"):
-      # An average way is a quarter of a ring, a third of a line.
-      far = (n / (8 if way == 2 else 3) for n, way in zip(shape, ways))
-      return max(far) * size / self.link
+      # Half of what each half of an axis holds crosses its middle.
+      crossing = (n * size / 4 / way for n, way in zip(shape, ways))
+      return max(crossing) / self.link
     rate = sum(way * self.link for n, way in zip(shape, ways) if n > 1)
     return rounds * size * (devices - 1) / devices / rate
 
 
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = (
-  *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
-  *("8x8x8", "8x8x16", "8x16x16"),
+  "2x2x1",
+  "2x2x2",
+  "2x2x4",
+  "2x4x4",
+  "4x4x4",
+  "4x4x8",
+  "4x8x8",
+  "8x8x8",
+  "8x8x16",
+  "8x16x16",
 )
 _GPUS = tuple(str(2**power) for power in range(10))
 
-
-def _gpu(kind, flops, hbm, bandwidth, link, network, **description) -> Chip:
-  return Chip(
-    kind,
-    flops,
-    hbm,
-    bandwidth,
-    link,
-    network=network,
-    sizes=_GPUS,
-    description=description,
-  )
-
-
+_AMPERE = {
+  "major": 8,
+  "core_count": 108,
+  "fpus_per_core": 64,
+  "clock_rate_ghz": 1.41,
+  "l2_cache_size": 41943040,
+  "shared_memory_per_core": 167936,
+  "shared_memory_per_block_optin": 166912,
+}
 _HOPPER = {
   "major": 9,
   "core_count": 132,
@@ -112,52 +115,93 @@ _BLACKWELL = _HOPPER | {
   "clock_rate_ghz": 1.965,
   "l2_cache_size": 132644864,
 }
-_AMPERE = {
-  "major": 8,
-  "core_count": 108,
-  "fpus_per_core": 64,
-  "clock_rate_ghz": 1.41,
-  "l2_cache_size": 41943040,
-  "shared_memory_per_core": 167936,
-  "shared_memory_per_block_optin": 166912,
-}
 
 # Where sources differ: bandwidth of v5p is 2.46 to 2.8e12, peak of v6e 918 or
-# 920e12; the links of a TPU7x are shared by its two devices.
+# 920e12. The two devices of a TPU7x share its links.
 CHIPS: dict[str, Chip] = {
   "v4": Chip(
-    "TPU v4", 275e12, int(30.75 * GIB), 1.23e12, 4.5e10, 3, sizes=_CUBES
+    "TPU v4",
+    flops=275e12,
+    hbm=int(30.75 * GIB),
+    bandwidth=1.23e12,
+    link=4.5e10,
+    dimensions=3,
+    sizes=_CUBES,
   ),
   "v5e": Chip(
-    "TPU v5 lite", 197e12, int(15.75 * GIB), 8.19e11, 4.5e10, 2, sizes=_SQUARES
+    "TPU v5 lite",
+    flops=197e12,
+    hbm=int(15.75 * GIB),
+    bandwidth=8.19e11,
+    link=4.5e10,
+    dimensions=2,
+    sizes=_SQUARES,
   ),
   "v5p": Chip(
-    "TPU v5", 459e12, int(95.73 * GIB), 2.765e12, 9e10, 3, sizes=_CUBES
+    "TPU v5",
+    flops=459e12,
+    hbm=int(95.73 * GIB),
+    bandwidth=2.765e12,
+    link=9e10,
+    dimensions=3,
+    sizes=_CUBES,
   ),
   "v6e": Chip(
-    "TPU v6 lite", 918e12, int(31.24 * GIB), 1.64e12, 9e10, 2, sizes=_SQUARES
+    "TPU v6 lite",
+    flops=918e12,
+    hbm=int(31.24 * GIB),
+    bandwidth=1.64e12,
+    link=9e10,
+    dimensions=2,
+    sizes=_SQUARES,
   ),
   "tpu7x": Chip(
-    "TPU7x", 1153.5e12, int(94.74 * GIB), 3.69e12, 5e10, 3, sizes=_CUBES
+    "TPU7x",
+    flops=1153.5e12,
+    hbm=int(94.74 * GIB),
+    bandwidth=3.69e12,
+    link=5e10,
+    dimensions=3,
+    sizes=_CUBES,
   ),
-  "a100": _gpu(
+  "a100": Chip(
     "NVIDIA A100-SXM4-80GB",
-    *(312e12, 85100068864, 2.039e12, 3e11, 2.5e10),
-    **_AMPERE,
+    flops=312e12,
+    hbm=85100068864,
+    bandwidth=2.039e12,
+    link=3e11,
+    network=2.5e10,
+    sizes=_GPUS,
+    description=_AMPERE,
   ),
-  "h100": _gpu(
+  "h100": Chip(
     "NVIDIA H100 80GB HBM3",
-    *(989e12, 84942979072, 3.352e12, 4.5e11, 5e10),
-    **_HOPPER,
+    flops=989e12,
+    hbm=84942979072,
+    bandwidth=3.352e12,
+    link=4.5e11,
+    network=5e10,
+    sizes=_GPUS,
+    description=_HOPPER,
   ),
-  "h200": _gpu(
+  "h200": Chip(
     "NVIDIA H200 141GB HBM3e",
-    *(989e12, 151397597184, 4.8e12, 4.5e11, 5e10),
-    **_HOPPER,
+    flops=989e12,
+    hbm=151397597184,
+    bandwidth=4.8e12,
+    link=4.5e11,
+    network=5e10,
+    sizes=_GPUS,
+    description=_HOPPER,
   ),
-  "b200": _gpu(
+  "b200": Chip(
     "NVIDIA B200",
-    *(2250e12, 191514411008, 7.672e12, 9e11, 5e10),
-    **_BLACKWELL,
+    flops=2250e12,
+    hbm=191514411008,
+    bandwidth=7.672e12,
+    link=9e11,
+    network=5e10,
+    sizes=_GPUS,
+    description=_BLACKWELL,
   ),
 }

@@ -219,6 +219,7 @@ def test_the_table_has_the_critical_ratios(chip, ratio):
     ("v5p", "reduce-scatter", (4, 4, 4), 1e9 / 54e10 * 63 / 64),
     # A quarter of an all-gather of what all devices of a ring hold together.
     ("v5e", "all-to-all", (1, 16), 16 * 1e9 / 9e10 / 4),
+    ("v5p", "ragged-all-to-all", (2, 2, 1), 2 * 1e9 / 4 / 9e10),
     ("v5p", "collective-permute", (4, 4, 4), 1e9 / 9e10),
     ("h100", "all-gather", (8,), 1e9 / 4.5e11 * 7 / 8),
     ("h100", "ragged-all-to-all", (16,), 1e9 / 5e10 * 15 / 16),
