@@ -47,6 +47,7 @@ class Instruction(NamedTuple):
   arrays: tuple[Array, ...]
   operands: tuple[str, ...]
   attributes: str
+  root: bool
 
   @property
   def bytes(self) -> int:
@@ -85,7 +86,7 @@ class Module:
   """A parsed module.
 
   Attributes:
-    computations: instructions by name, the root last, by computation.
+    computations: their instructions by name.
     entry: name of the computation that runs.
   """
 
@@ -97,7 +98,7 @@ class Module:
         inside = self.computations[header[2]] = {}
         self.entry = header[2] if header[1] else self.entry
       elif inside is not None and (found := _INSTRUCTION.match(line)):
-        inside[found[2]] = _parse(found[2], found[3])
+        inside[found[2]] = _parse(*found.groups())
 
   def runs(self) -> Iterator[tuple[Computation, int, int, bool]]:
     """Each run of a computation from the entry on.
@@ -141,8 +142,8 @@ class Module:
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
           continue
-        root = next(reversed(computation.values()))
-        if kind == "all-reduce" and fused and root.opcode == "dynamic-slice":
+        cut = _root(computation).opcode == "dynamic-slice"
+        if kind == "all-reduce" and fused and cut:
           kind = "reduce-scatter"
         operands = self._operands(computation, instruction)
         taken, made = sum(a.bytes for a in operands), instruction.bytes
@@ -189,7 +190,7 @@ class Module:
       return int(known[1])
     (name,) = loop.called("condition")
     condition = self.computations[name]
-    root = next(reversed(condition.values()))
+    root = _root(condition)
     if root.opcode != "compare" or "direction=LT" not in root.attributes:
       return None
     index, bound = (condition[operand] for operand in root.operands)
@@ -206,6 +207,10 @@ class Module:
     return [array for one in known if one for array in one.arrays]
 
 
+def _root(computation: Computation) -> Instruction:
+  return next(one for one in computation.values() if one.root)
+
+
 def _constant(computation: Computation, name: str) -> int | None:
   """The value of an integer constant behind copies."""
   instruction = computation.get(name)
@@ -217,7 +222,7 @@ def _constant(computation: Computation, name: str) -> int | None:
   return int(found[0]) if found else None
 
 
-def _parse(name: str, text: str) -> Instruction:
+def _parse(root: str | None, name: str, text: str) -> Instruction:
   """Takes apart `type opcode(operands), attributes`."""
   end = _closing(text) if text.startswith("(") else text.index(" ")
   kind, rest = text[:end], text[end:].lstrip()
@@ -227,7 +232,9 @@ def _parse(name: str, text: str) -> Instruction:
   # A constant's value is all that stands in its parentheses.
   attributes = rest if opcode == "constant" else rest[end:]
   arrays = (_array(*found) for found in _ARRAY.findall(kind))
-  return Instruction(name, opcode, tuple(arrays), tuple(operands), attributes)
+  return Instruction(
+    name, opcode, tuple(arrays), tuple(operands), attributes, bool(root)
+  )
 
 
 def _array(dtype: str, dims: str, layout: str) -> Array:
